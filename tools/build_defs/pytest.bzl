@@ -1,0 +1,37 @@
+"""pytest_test: pytest under Bazel, on the CPU or on a GPU."""
+
+load("@local_gpu//:defs.bzl", "HAS_GPU")
+load("@rules_python//python:defs.bzl", "py_test")
+
+_MAIN = Label("//tools/build_defs:pytest_main.py")
+
+def pytest_test(name, srcs, deps = [], gpu = False, args = [], tags = [], env = {}, **kwargs):
+    """Runs the tests of srcs with pytest; a run in which no test passed fails.
+
+    Args:
+      name: the target.
+      srcs: files of tests.
+      deps: py_library targets.
+      gpu: the tests need a CUDA device. Without one the target is skipped as incompatible; with one, a run that
+        skipped every test fails.
+      args: further pytest arguments.
+      tags: further tags.
+      env: further environment variables.
+      **kwargs: further attributes of py_test.
+    """
+    if gpu:
+        tags = tags + ["exclusive", "gpu"]
+        env = dict(env, FLASHTRAIN_TEST_DEVICE = "cuda")
+        if not HAS_GPU:
+            kwargs["target_compatible_with"] = ["@platforms//:incompatible"]
+    py_test(
+        name = name,
+        srcs = srcs + [_MAIN],
+        main = _MAIN,
+        args = ["$(rootpath %s)" % src for src in srcs] + args,
+        deps = deps + [Label("@pip//pytest")],
+        tags = tags,
+        env = env,
+        python_version = "PY3",
+        **kwargs
+    )
