@@ -3,7 +3,7 @@
 def flashtrain_toolchains():
     """Call after flashtrain_deps(); toolchains that the workspace registers earlier take precedence."""
     native.register_toolchains(
-        "@flashtrain//tools/toolchains/cc:clang_linux_x86_64",
-        "@flashtrain//tools/toolchains/cuda:wheels_linux_x86_64",
+        str(Label("//tools/toolchains/cc:clang_linux_x86_64")),
+        str(Label("//tools/toolchains/cuda:wheels_linux_x86_64")),
         "@python//:toolchain",
     )

@@ -1,7 +1,7 @@
 """pytest_test: pytest under Bazel, on the CPU or on a GPU."""
 
-load("@local_gpu//:defs.bzl", "HAS_GPU")
 load("@rules_python//python:defs.bzl", "py_test")
+load(":gpu.bzl", "GPU_TAGS", "REQUIRES_GPU")
 
 _MAIN = Label("//tools/build_defs:pytest_main.py")
 
@@ -20,10 +20,9 @@ def pytest_test(name, srcs, deps = [], gpu = False, args = [], tags = [], env = 
       **kwargs: further attributes of py_test.
     """
     if gpu:
-        tags = tags + ["exclusive", "gpu"]
+        tags = tags + GPU_TAGS
         env = dict(env, FLASHTRAIN_TEST_DEVICE = "cuda")
-        if not HAS_GPU:
-            kwargs["target_compatible_with"] = ["@platforms//:incompatible"]
+        kwargs["target_compatible_with"] = REQUIRES_GPU
     py_test(
         name = name,
         srcs = srcs + [_MAIN],
