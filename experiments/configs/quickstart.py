@@ -1,0 +1,51 @@
+"""Quickstart: a small GPT learns to write Shakespeare, byte by byte, on a CPU.
+
+Command: tools/bazel run //experiments:train
+"""
+
+import ml_collections
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The recipe; it has no variants."""
+    if arg:
+        raise ValueError(f"quickstart has no variant {arg!r}; it takes no argument")
+    config = ml_collections.ConfigDict()
+
+    config.model = ml_collections.ConfigDict()
+    config.model.vocab_size = 256
+    config.model.num_layers = 4
+    config.model.d_model = 128
+    config.model.num_heads = 4
+    config.model.max_seq_len = 128
+
+    config.data = ml_collections.ConfigDict()
+    config.data.source = "shakespeare"
+    config.data.path = ""
+    config.data.seq_len = 128
+    config.data.batch_size = 16
+    config.data.seed = 1111
+
+    config.optim = ml_collections.ConfigDict()
+    config.optim.lr = 3e-3
+    config.optim.min_lr = 0.0
+    config.optim.warmup_steps = 100
+    config.optim.schedule = "cosine"
+    config.optim.betas = (0.9, 0.99)
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.1
+
+    config.trainer = ml_collections.ConfigDict()
+    config.trainer.max_steps = 1500
+    config.trainer.global_batch_size = 16
+    config.trainer.grad_clip = 1.0
+    config.trainer.precision = "fp32"
+    config.trainer.devices = 1
+    config.trainer.compile = False
+    config.trainer.seed = 1111
+    config.trainer.eval_every = 500
+    config.trainer.save_every = 500
+    config.trainer.log_every = 10
+    config.trainer.sample_tokens = 400
+
+    return config.lock()

@@ -1,0 +1,17 @@
+"""Where data lies on the user's disk."""
+
+import os
+from pathlib import Path
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """`path` with ~ expanded, relative to the folder that the user is in.
+
+    `bazel run` starts programs in their runfiles folder and passes the user's in BUILD_WORKING_DIRECTORY.
+    """
+    return Path(os.environ.get("BUILD_WORKING_DIRECTORY", "")) / Path(path).expanduser()
+
+
+def cache_dir(source: str) -> Path:
+    """The folder of a source's prepared files: ${DATA_DIR}/<source>, else ./data/<source>."""
+    return user_path(os.environ.get("DATA_DIR") or "data") / source

@@ -1,0 +1,1 @@
+"""Transformer building blocks: small, composable, documented with shapes."""

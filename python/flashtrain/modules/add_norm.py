@@ -1,0 +1,73 @@
+"""Dropout + residual add + LayerNorm, the glue between two sublayers.
+
+Legend: B batch, T sequence, D model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DropoutAddNorm(nn.Module):
+    """x = dropout(branch) + residual;  z = LayerNorm(x).
+
+    Fused, the residual stream is read once and written once; unfused, the same numbers (within rounding)
+    come from three plain torch ops.
+
+    Args:
+        d_model: width D of the residual stream.
+        dropout_p: probability of dropping an element of the branch, in training only.
+        eps: added to the variance.
+        residual_in_fp32: keep x in fp32 whatever the dtype of the branch.
+        fused: use the kernel of `flashtrain.ops.layer_norm`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        dropout_p: float = 0.0,
+        eps: float = 1e-5,
+        residual_in_fp32: bool = False,
+        fused: bool = True,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.dropout_p = dropout_p
+        self.eps = eps
+        self.residual_in_fp32 = residual_in_fp32
+        self.fused = fused
+
+    def forward(self, branch_BTD: Tensor, residual_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns (z, x), both [B, T, D]: the sublayer's input and the residual stream.
+
+        z has the dtype of the branch when fused; x that of the residual, else of the branch, or fp32.
+        """
+        dropout_p = self.dropout_p if self.training else 0.0
+        if self.fused:
+            # Imported here so that the unfused model runs where the extension is not built.
+            from flashtrain.ops.layer_norm import dropout_add_layer_norm
+
+            return dropout_add_layer_norm(
+                branch_BTD,
+                residual_BTD,
+                self.weight,
+                self.bias,
+                dropout_p,
+                self.eps,
+                prenorm=True,
+                residual_in_fp32=self.residual_in_fp32,
+            )
+        x_BTD = F.dropout(branch_BTD, dropout_p)
+        if residual_BTD is not None:
+            x_BTD = x_BTD + residual_BTD
+        if self.residual_in_fp32:
+            x_BTD = x_BTD.float()
+        dtype = torch.promote_types(x_BTD.dtype, self.weight.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        z_BTD = F.layer_norm(x_BTD.to(dtype), weight.shape, weight, bias, self.eps)
+        return z_BTD.to(branch_BTD.dtype), x_BTD
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, dropout_p={self.dropout_p}, eps={self.eps}, fused={self.fused}"
