@@ -1,4 +1,4 @@
-"""Runs pytest as a Bazel test: results as JUnit XML, --test_filter as -k, and no run may pass empty."""
+"""Runs pytest as a Bazel test: JUnit XML, --test_filter as -k, and no run may pass empty."""
 
 import os
 import sys
