@@ -36,8 +36,9 @@ D="${{D%/bin}}"
 {body}
 """
 
-# nvcc's front end has neither __builtin_common_type nor vector extensions, which libc++ 19 and later
-# use where the host compiler has them; the plain code beside is kept for it. libc++ 18 needs no edit.
+# nvcc's front end has neither __builtin_common_type nor vector extensions, which libc++ 19 and
+# later use where the host compiler has them; the plain code beside is kept for it. libc++ 18 needs
+# no edit.
 _LIBCXX_GUARDS = {
     "__type_traits/common_type.h": "#if __has_builtin(__builtin_common_type)\n",
     "__algorithm/simd_utils.h": (
