@@ -1,0 +1,57 @@
+#include "python/flashtrain/bindings/rowwise_operands.h"
+
+namespace flashtrain::bindings {
+namespace {
+
+namespace py = pybind11;
+
+void CheckDType(const TensorArg& arg, std::optional<DType>* dtype) {
+  if (!dtype->has_value()) *dtype = arg.float_dtype();
+  arg.ExpectFloat(**dtype);
+}
+
+}  // namespace
+
+RowwiseOperands::RowwiseOperands(const char* name, py::handle first) : first_(name, first) {
+  first_.ExpectUnitColumnStride();
+}
+
+TensorArg RowwiseOperands::Read(const char* name, py::handle object) {
+  TensorArg arg(name, object);
+  arg.ExpectSameDevice(first_);
+  if (arg.capsule()) capsules_.push_back(arg.capsule());
+  return arg;
+}
+
+void RowwiseOperands::Mask(const char* name, py::handle object, uint8_t** data) {
+  if (object.is_none()) return;
+  const TensorArg arg = Read(name, object);
+  arg.ExpectShape({rows(), cols()});
+  arg.ExpectContiguous();
+  arg.ExpectElementType(ElementType::kUInt8);
+  *data = arg.data<uint8_t>();
+}
+
+void RowwiseOperands::RngState(const char* name, py::handle object, const uint64_t** data) {
+  if (object.is_none()) return;
+  const TensorArg arg = Read(name, object);
+  arg.ExpectShape({2});
+  arg.ExpectContiguous();
+  arg.ExpectElementType(ElementType::kInt64);
+  *data = arg.data<const uint64_t>();
+}
+
+void RowwiseOperands::CheckMatrix(const TensorArg& arg, std::optional<DType>* dtype) const {
+  arg.ExpectShape({rows(), cols()});
+  arg.ExpectUnitColumnStride();
+  CheckDType(arg, dtype);
+}
+
+void RowwiseOperands::CheckVector(const TensorArg& arg, int64_t size,
+                                  std::optional<DType>* dtype) const {
+  arg.ExpectShape({size});
+  arg.ExpectContiguous();
+  CheckDType(arg, dtype);
+}
+
+}  // namespace flashtrain::bindings

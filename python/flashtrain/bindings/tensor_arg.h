@@ -1,0 +1,71 @@
+#pragma once
+
+// TensorArg: one tensor argument of a binding, a checked, non-owning view of what the caller
+// passed.
+//
+// Three forms are accepted, all of them DLPack, so the extension needs no libtorch and one build
+// serves every torch version (and numpy):
+//   1. an object whose type has `__dlpack_c_exchange_api__` (torch >= 2.10): one C call, 0.03 us;
+//   2. a DLPack capsule (`torch.utils.dlpack.to_dlpack(t)`), which is read and not consumed;
+//   3. any other object with `__dlpack__` (numpy arrays, ...): a Python call.
+// Forms 1 and 2 take tensors that require grad and never synchronise streams.
+//
+// The view is valid while the caller's object lives and is not resized: during the call.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "flashtrain/common/device.h"
+#include "flashtrain/common/dtype.h"
+#include "python/flashtrain/bindings/dlpack_abi.h"
+
+namespace flashtrain::bindings {
+
+// Element types that some kernel takes.
+enum class ElementType : int8_t { kFloat32, kFloat16, kBFloat16, kInt32, kInt64, kUInt8 };
+
+class TensorArg {
+ public:
+  // `name` is a literal; every error starts with it. Throws ValueError for an element type or a
+  // device that no kernel takes, TypeError for an object that is not a tensor. Needs the GIL.
+  TensorArg(const char* name, pybind11::handle object);
+
+  ElementType element_type() const { return element_type_; }
+  bool is_cuda() const { return view_.device.device_type == dlpack::kCuda; }
+  Device device() const { return is_cuda() ? Device::Cuda() : Device::Cpu(); }
+  int device_index() const { return is_cuda() ? view_.device.device_id : 0; }
+  int ndim() const { return view_.ndim; }
+  int64_t size(int dim) const { return view_.shape[dim]; }
+  int64_t stride(int dim) const;  // in elements
+  template <typename T = void>
+  T* data() const {
+    return reinterpret_cast<T*>(static_cast<char*>(view_.data) + view_.byte_offset);
+  }
+
+  // What keeps the view of form 3 alive; empty for the other forms.
+  const pybind11::object& capsule() const { return capsule_; }
+
+  // Checks: each throws std::invalid_argument (ValueError in Python) that names the argument, what
+  // came and what is supported.
+  DType float_dtype() const;  // checks that it is one of float32, float16, bfloat16
+  void ExpectFloat(DType dtype) const;
+  void ExpectElementType(ElementType type) const;
+  void ExpectSameDevice(const TensorArg& other) const;
+  void ExpectShape(std::initializer_list<int64_t> shape) const;
+  void ExpectContiguous() const;
+  // [rows, cols] with adjacent columns and any row stride.
+  void ExpectUnitColumnStride() const;
+
+ private:
+  [[noreturn]] void Fail(const std::string& expected) const;
+
+  const char* name_;
+  dlpack::DLTensor view_;
+  pybind11::object capsule_;
+  ElementType element_type_;
+};
+
+}  // namespace flashtrain::bindings
