@@ -1,8 +1,8 @@
 """Datasets of tokens: preparation, the files' format and the order in which training reads them.
 
-    from flashtrain.data import load_dataset
-    dataset = load_dataset(source="shakespeare", seq_len=128, seed=1111)
-    tokens_BT, targets_BT = dataset.train_batch(step=0, global_batch_size=16)
+>>> from flashtrain.data import load_dataset
+>>> dataset = load_dataset(source="shakespeare", seq_len=128, seed=1111)
+>>> tokens_BT, targets_BT = dataset.train_batch(step=0, global_batch_size=16)
 """
 
 from flashtrain.data.dataset import TokenDataset

@@ -1,12 +1,12 @@
 """A prepared dataset as training and validation read it.
 
-The order of training is a pure function: the samples of a global step depend on the dataset, the seed, the
-step and the global batch size, and on nothing else. So a run may stop and go on anywhere, on any number of
-ranks, and see the same tokens in the same order.
+The order of training is a pure function: the samples of a global step depend on the dataset, the
+seed, the step and the global batch size, and on nothing else. So a run may stop and go on anywhere,
+on any number of ranks, and see the same tokens in the same order.
 
-The tokens of a split are cut into windows of seq_len + 1, each starting at the last token of the one before:
-the inputs are its first seq_len tokens, the targets its last, and every token but the first is a target
-exactly once. The last partial window takes no part in training.
+The tokens of a split are cut into windows of seq_len + 1, each starting at the last token of the
+one before: the inputs are its first seq_len tokens, the targets its last, and every token but the
+first is a target exactly once. The last partial window takes no part in training.
 
 Legend: B batch, T sequence.
 """
@@ -51,7 +51,7 @@ class TokenDataset:
         self.num_train_windows = (len(self.train_tokens) - 1) // seq_len
         if self.num_train_windows < 1:
             raise DataError(
-                f"{folder} has {len(self.train_tokens):,} training tokens, fewer than one window of"
+                f"{folder} has {len(self.train_tokens):,} training tokens, fewer than a window of"
                 f" data.seq_len + 1 = {seq_len + 1}; choose a smaller data.seq_len"
             )
         if len(self.val_tokens) < 2:
@@ -66,10 +66,10 @@ class TokenDataset:
         return get_tokenizer(self.manifest.tokenizer)
 
     def window_indices(self, step: int, global_batch_size: int) -> np.ndarray:
-        """Indices, int64 [global_batch_size], of the training windows of a global step, counted from 0.
+        """Indices, int64 [global_batch_size], of the training windows of a global step.
 
-        Samples are numbered through the run; each epoch is another permutation of all windows, and a
-        batch may end one epoch and begin the next.
+        Samples are numbered through the run; each epoch is another permutation of all windows, and
+        a batch may end one epoch and begin the next.
         """
         if step < 0:
             raise DataError(f"step={step} must be at least 0")
@@ -94,13 +94,15 @@ class TokenDataset:
             (tokens, targets), int64 [global_batch_size / world_size, T] on the CPU.
 
         Raises:
-            DataError: the global batch is not a multiple of world_size, or an argument is out of range.
+            DataError: the global batch is not a multiple of world_size, or an argument is out of
+                range.
         """
         if not 0 <= rank < world_size:
             raise DataError(f"rank={rank} must be in [0, world_size={world_size})")
         if global_batch_size % world_size:
             raise DataError(
-                f"global_batch_size={global_batch_size} is not a multiple of world_size={world_size}"
+                f"global_batch_size={global_batch_size} is not a multiple of"
+                f" world_size={world_size}"
             )
         share = global_batch_size // world_size
         indices = self.window_indices(step, global_batch_size)[rank * share : (rank + 1) * share]
@@ -111,9 +113,9 @@ class TokenDataset:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The whole validation split, each token but the first a target once; ranks take turns.
 
-        Batches differ in their number of targets (the last windows may be fewer, and the very last one
-        shorter, in a batch of its own), so weigh each batch's mean loss by `targets.numel()`; ranks may
-        get different numbers of batches.
+        Batches differ in their number of targets (the last windows may be fewer, and the very last
+        one shorter, in a batch of its own), so weigh each batch's mean loss by `targets.numel()`;
+        ranks may get different numbers of batches.
 
         Yields:
             (tokens, targets), int64 [at most batch_size, T] on the CPU.

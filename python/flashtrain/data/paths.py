@@ -5,11 +5,13 @@ from pathlib import Path
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """`path` with ~ expanded, relative to the folder that the user is in.
+    """The absolute form of `path`, with ~ expanded and relative to the folder that the user is in.
 
-    `bazel run` starts programs in their runfiles folder and passes the user's in BUILD_WORKING_DIRECTORY.
+    `bazel run` starts programs in their runfiles folder and passes the user's in
+    BUILD_WORKING_DIRECTORY.
     """
-    return Path(os.environ.get("BUILD_WORKING_DIRECTORY", "")) / Path(path).expanduser()
+    working_dir = os.environ.get("BUILD_WORKING_DIRECTORY") or Path.cwd()
+    return Path(working_dir) / Path(path).expanduser()
 
 
 def cache_dir(source: str) -> Path:

@@ -1,21 +1,22 @@
 """A keyed pseudo-random permutation of 0..size-1, computed on the fly.
 
-A shuffle of The Pile's 1.8e8 windows as an index array would take 1.5 GB on every rank. Here the image of
-any index is computed alone, in constant memory: a balanced Feistel network permutes the smallest domain of
-an even number of bits that holds `size`, and an image outside 0..size-1 is permuted again until it falls
-inside ("cycle walking", Black and Rogaway 2002, https://eprint.iacr.org/2001/012). The domain is less
-than four times `size`, so an index takes fewer than four walks on average.
+A shuffle of The Pile's 1.8e8 windows as an index array would take 1.5 GB on every rank. Here the
+image of any index is computed alone, in constant memory: a balanced Feistel network permutes the
+smallest domain of an even number of bits that holds `size`, and an image outside 0..size-1 is
+permuted again until it falls inside ("cycle walking", Black and Rogaway 2002,
+https://eprint.iacr.org/2001/012). The domain is less than four times `size` (but for size 1), so an
+index takes fewer than four walks on average.
 """
 
 import numpy as np
 
-# Four rounds make a pseudo-random permutation of a random round function (Luby and Rackoff 1988); a few
-# more cost little and cover for the small halves of small domains.
+# Four rounds make a pseudo-random permutation of a random round function (Luby and Rackoff 1988); a
+# few more cost little and cover for the small halves of small domains.
 _ROUNDS = 6
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64, a bijection of uint64 in which each input bit flips each output bit."""
+    """The finaliser of SplitMix64: a bijection of uint64, every bit depends on every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -37,7 +38,9 @@ class Permutation:
         self._half_bits = np.uint64(half_bits)
         self._half_mask = np.uint64(2**half_bits - 1)
         key = _mix(_mix(np.array([seed], np.uint64)) ^ np.array([stream], np.uint64))
-        self._round_keys = _mix(key + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        self._round_keys = _mix(
+            key + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        )
 
     def _feistel(self, x: np.ndarray) -> np.ndarray:
         left, right = x >> self._half_bits, x & self._half_mask

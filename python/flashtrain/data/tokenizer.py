@@ -28,12 +28,13 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of the bytes; what is not valid UTF-8 becomes U+FFFD.
+        """The text of the bytes; what is not valid UTF-8, or no byte at all, becomes U+FFFD.
 
-        Raises:
-            ValueError: a token is not in 0..255.
+        A model with a larger vocabulary than its data's may well sample tokens that are no bytes.
         """
-        return bytes(tokens).decode("utf-8", errors="replace")
+        never_in_utf8 = 0xFF
+        data = bytes(t if 0 <= t < self.vocab_size else never_in_utf8 for t in tokens)
+        return data.decode("utf-8", errors="replace")
 
 
 _TOKENIZERS: dict[str, type[Tokenizer]] = {ByteTokenizer.name: ByteTokenizer}

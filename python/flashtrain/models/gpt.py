@@ -1,12 +1,14 @@
-"""GPT-2 and GPT-3: decoder-only transformers with learned positions, pre-norm blocks and a tied head.
+"""GPT-2 and GPT-3: decoder-only transformers, pre-norm, learned positions, tied head.
 
-Legend: B batch, T sequence, D model width, V vocabulary padded to a multiple of `pad_vocab_size_multiple`.
+Legend: B batch, T sequence, D model width, V vocabulary with its padding.
 
-Cost per token: 6 N + 12 L T D floating-point operations forward and backward (N parameters without the
-position table, attention counted whole though half of it is masked), the convention of PaLM's appendix B.
+Cost per token, forward and backward: 6 N + 12 L T D floating-point operations, N parameters without
+the position table, attention counted whole though half of it is masked (PaLM, appendix B).
 
-    model = GPT(GPTConfig(vocab_size=50257, num_layers=12, d_model=768, num_heads=12, max_seq_len=1024))
-    loss = model(tokens_BT, targets_BT)
+    config = GPTConfig(
+        vocab_size=50257, num_layers=12, d_model=768, num_heads=12, max_seq_len=1024
+    )
+    loss = GPT(config)(tokens_BT, targets_BT)
 """
 
 import dataclasses
@@ -31,16 +33,17 @@ class GPTConfig:
         vocab_size: token ids are 0..vocab_size-1.
         num_layers, d_model, num_heads, max_seq_len: the shape; d_model is a multiple of num_heads.
         mlp_ratio: hidden width of the MLP over d_model.
-        pad_vocab_size_multiple: the tables' rows are rounded up to it, which matrix units prefer; the
-            added columns of the logits are -inf, so neither loss nor sampling depends on it.
+        pad_vocab_size_multiple: the tables' rows are rounded up to it, which matrix units prefer;
+            the added columns of the logits are -inf, so neither loss nor sampling depends on it.
         activation: of the MLP: gelu, gelu_approx (tanh), relu or sqrelu.
         resid_dropout, embd_dropout, attn_dropout: probabilities, in training only.
         layer_norm_eps: added to the variance.
         residual_in_fp32: keep the residual stream in fp32 under bf16 or fp16.
         scale_attn_by_inverse_layer_idx: divide the softmax scale of layer i (from 0) by i + 1.
         tie_embeddings: the head shares the token table.
-        init_std: of every weight matrix; projections into the residual stream get init_std / sqrt(2 L).
-        fused: use the fused kernels; False gives the same numbers, within rounding, from plain torch.
+        init_std: of every weight matrix; what projects into the residual stream gets
+            init_std / sqrt(2 num_layers).
+        fused: use the fused kernels; False: plain torch, the same numbers within rounding.
     """
 
     vocab_size: int
@@ -62,16 +65,16 @@ class GPTConfig:
     fused: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "max_seq_len", "mlp_ratio"):
+        for name in (
+            *("vocab_size", "num_layers", "d_model", "num_heads", "max_seq_len"),
+            *("mlp_ratio", "pad_vocab_size_multiple"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
-        if self.pad_vocab_size_multiple < 1:
-            raise ValueError(
-                f"model.pad_vocab_size_multiple={self.pad_vocab_size_multiple} must be at least 1"
-            )
         if self.d_model % self.num_heads:
             raise ValueError(
-                f"model.d_model={self.d_model} is not a multiple of model.num_heads={self.num_heads}"
+                f"model.d_model={self.d_model} is not a multiple of"
+                f" model.num_heads={self.num_heads}"
             )
         for name in ("resid_dropout", "embd_dropout", "attn_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -96,7 +99,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.tokens.weight
-        # Added to the logits in the matmul's epilogue: 0 for real tokens, -inf for the padding columns.
+        # Added to the logits in the matmul's epilogue: 0 for tokens, -inf for padding columns.
         padding_mask = torch.zeros(vocab_size)
         padding_mask[config.vocab_size :] = -math.inf
         self.register_buffer("padding_mask", padding_mask, persistent=False)
@@ -142,7 +145,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=std)
-        # 2 L branches are added to the residual stream; this keeps its variance from growing with L.
+        # 2 L branches add up in the residual stream; this keeps its variance independent of L.
         for block in self.blocks:
             for projection in (block.attention.out, block.mlp.fc2):
                 nn.init.normal_(projection.weight, std=std / math.sqrt(2 * self.config.num_layers))
@@ -171,9 +174,9 @@ class GPT(nn.Module):
             targets_BT: int64 [B, T] of the tokens to predict, or None.
 
         Returns:
-            Without targets the logits, in the model's or autocast's dtype; with targets the mean cross
-            entropy in nats, a scalar in fp32 (fp64 for an fp64 model). Both ways go through the module's
-            call, so DistributedDataParallel and torch.compile may wrap it.
+            Without targets the logits, in the model's or autocast's dtype; with targets the mean
+            cross entropy in nats, a scalar in fp32 (fp64 for an fp64 model). Both ways go through
+            the module's call, so DistributedDataParallel and torch.compile may wrap it.
 
         Raises:
             ValueError: T is larger than max_seq_len.
@@ -190,7 +193,7 @@ class GPT(nn.Module):
         return self(tokens_BT, targets_BT)
 
     def num_parameters(self, with_positions: bool = False) -> int:
-        """Parameters of the model proper: rows that pad the vocabulary are not counted, shared ones once."""
+        """Parameters, shared ones once; rows that pad the vocabulary are not counted."""
         config = self.config
         total = sum(p.numel() for p in self.parameters())
         tables = 1 if config.tie_embeddings else 2

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 class DropoutAddNorm(nn.Module):
     """x = dropout(branch) + residual;  z = LayerNorm(x).
 
-    Fused, the residual stream is read once and written once; unfused, the same numbers (within rounding)
-    come from three plain torch ops.
+    Fused, the residual stream is read once and written once; unfused, the same numbers (within
+    rounding) come from three plain torch ops.
 
     Args:
         d_model: width D of the residual stream.
         dropout_p: probability of dropping an element of the branch, in training only.
         eps: added to the variance.
-        residual_in_fp32: keep x in fp32 whatever the dtype of the branch.
+        residual_in_fp32: where there is no residual yet, start it in fp32.
         fused: use the kernel of `flashtrain.ops.layer_norm`.
     """
 
@@ -42,7 +42,7 @@ class DropoutAddNorm(nn.Module):
     def forward(self, branch_BTD: Tensor, residual_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns (z, x), both [B, T, D]: the sublayer's input and the residual stream.
 
-        z has the dtype of the branch when fused; x that of the residual, else of the branch, or fp32.
+        z has the dtype of the branch; x that of the residual or, without one, of the branch.
         """
         dropout_p = self.dropout_p if self.training else 0.0
         if self.fused:
@@ -61,8 +61,8 @@ class DropoutAddNorm(nn.Module):
             )
         x_BTD = F.dropout(branch_BTD, dropout_p)
         if residual_BTD is not None:
-            x_BTD = x_BTD + residual_BTD
-        if self.residual_in_fp32:
+            x_BTD = (x_BTD + residual_BTD).to(residual_BTD.dtype)
+        elif self.residual_in_fp32:
             x_BTD = x_BTD.float()
         dtype = torch.promote_types(x_BTD.dtype, self.weight.dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
@@ -70,4 +70,4 @@ class DropoutAddNorm(nn.Module):
         return z_BTD.to(branch_BTD.dtype), x_BTD
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, dropout_p={self.dropout_p}, eps={self.eps}, fused={self.fused}"
+        return f"{self.weight.numel()}, dropout_p={self.dropout_p}, fused={self.fused}"

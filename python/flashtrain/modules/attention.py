@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN's kernel is the fastest on Hopper (328 against 207 TFLOP/s forward at 32 x 1024 x 12 x 64); what it
-# does not support falls through to the next one.
+# cuDNN's kernel is the fastest on Hopper (328 against 207 TFLOP/s forward at 32 x 1024 x 12 x 64);
+# what it does not support falls through to the next one.
 _HOPPER_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

@@ -13,10 +13,11 @@ from flashtrain.modules.mlp import Mlp
 class Block(nn.Module):
     """Add + norm -> attention -> add + norm -> MLP.
 
-    The add that closes a sublayer is fused with the norm that opens the next, so a block receives the
-    output of the previous sublayer not yet added to the residual stream, and hands its own on in the same
-    way (Dao et al., https://github.com/Dao-AILab/flash-attention, use the same order). The first block
-    receives the embeddings and no residual; after the last block one more add + norm follows.
+    The add that closes a sublayer is fused with the norm that opens the next, so a block receives
+    the output of the previous sublayer not yet added to the residual stream, and hands its own on
+    in the same way (Dao et al., https://github.com/Dao-AILab/flash-attention, use the same order).
+    The first block receives the embeddings and no residual; after the last block one more add +
+    norm follows.
     """
 
     def __init__(

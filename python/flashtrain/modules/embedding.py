@@ -22,7 +22,7 @@ class TokenPositionEmbedding(nn.Module):
         self.positions = nn.Embedding(max_seq_len, d_model)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """int64 [B, T] -> [B, T, D], in the autocast dtype where autocast is on, else in the tables'.
+        """int64 [B, T] -> [B, T, D] in autocast's dtype where it is on, else in the tables'.
 
         Raises:
             ValueError: T is larger than max_seq_len.

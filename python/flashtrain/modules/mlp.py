@@ -36,9 +36,8 @@ class Mlp(nn.Module):
     def __init__(self, d_model: int, d_ff: int, *, activation: str = "gelu_approx"):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation={activation!r} is not supported; choose one of {', '.join(ACTIVATIONS)}"
-            )
+            supported = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation={activation!r} is unknown; supported: {supported}")
         self.activation = activation
         self.fc1 = nn.Linear(d_model, d_ff)
         self.fc2 = nn.Linear(d_ff, d_model)

@@ -1,0 +1,30 @@
+"""GPT-3 XL (1.3B parameters) on The Pile.
+
+Goal: validation loss 1.77 nats per token, published for this recipe with rotary positions (here
+    they are learned), after 300,000 steps of 1,048,576 tokens. The published run went on for a
+    third as many steps at the last learning rate.
+Command: tools/bazel run //experiments:train -- --config=configs/gpt3xl.py
+Variants: plain (every fusion off, for comparison), 8k (windows of 8192), 60b (60,000 steps).
+Hardware: 8 GPUs; the micro batch follows their memory, the global batch is always 512 windows of
+    2048.
+Speed: 0.35M tokens/s and 10 days on 8 H100 at 40% of their bf16 peak (computed, not measured).
+Data: a prepared folder in ${DATA_DIR}/the_pile, or --config.data.path.
+"""
+
+import ml_collections
+
+from experiments.configs.gpt_common import gpt3_config
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The recipe, or its variants joined by commas in `arg`."""
+    return gpt3_config(
+        "gpt3xl",
+        arg,
+        num_layers=24,
+        d_model=2048,
+        num_heads=16,
+        lr=2e-4,
+        micro_batches=(1, 2, 4, 8),
+        large=True,
+    )
