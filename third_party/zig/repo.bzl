@@ -1,6 +1,6 @@
 """@zig_sdk: clang, lld, libc++ and glibc headers as plain folders, out of the hashed ziglang wheel."""
 
-load("//third_party/pip:pip.bzl", "PYTHON_ENVIRON", "find_python", "pip_install")
+load("//third_party/pip:pip.bzl", "find_python", "pip_install")
 
 # The oldest glibc that what we build runs on: Debian 10, RHEL 8, Ubuntu 20.04.
 _TARGET = "x86_64-linux-gnu.2.28"
@@ -27,5 +27,4 @@ zig_sdk_repository = repository_rule(
         "_harvest": attr.label(default = "//third_party/zig:harvest.py"),
         "_requirements": attr.label(default = "//third_party/zig:requirements.txt"),
     },
-    environ = PYTHON_ENVIRON,
 )
