@@ -1,0 +1,197 @@
+"""The command line of the programs here: a recipe, changes to its keys, and a few flags.
+
+    --config=configs/gpt3l.py:8k --config.trainer.max_steps=20
+
+A recipe is a Python file with `get_config(arg)` that returns a ConfigDict of the sections model,
+data, optim and trainer. Keys that it leaves out have the defaults of `flashtrain`'s own config
+classes. Every mistake is a UserError of one line.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from flashtrain.errors import UserError, did_you_mean
+
+_EXPERIMENTS = Path(__file__).absolute().parent
+_FLAG = "--config"
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """A parsed command line."""
+
+    name: str  # of the recipe and its variant: gpt3l-8k
+    config: dict[str, dict[str, Any]]  # sections of plain values
+    values: flags.FlagValues  # the program's own flags
+
+
+def enter_user_folder() -> None:
+    """Relative paths mean the user's folder, also where `bazel run` has started us elsewhere."""
+    folder = os.environ.get("BUILD_WORKING_DIRECTORY")
+    if folder:
+        os.chdir(folder)
+
+
+def parse(
+    argv: Sequence[str],
+    default_config: str,
+    values: flags.FlagValues,
+    defaults: Mapping[str, Mapping[str, Any]],
+) -> CommandLine:
+    """Reads the recipe and applies the changes.
+
+    Args:
+        argv: the program's name and its arguments.
+        default_config: the recipe where --config is not given.
+        values: holds the definitions of the program's other flags; parsed here.
+        defaults: sections of default values.
+
+    Raises:
+        UserError: a flag, file, variant, key or value is wrong; names the nearest right one.
+    """
+    recipe, rest = _split_off_recipe(argv, default_config)
+    path, argument = _find(recipe)
+    config = _with_defaults(_load(path, argument), defaults, path)
+    _check_overrides(rest, config)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(rest))
+    try:
+        positional = values(list(rest))
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in values if not name.startswith("config.")]
+        raise UserError(
+            f"there is no flag --{error.flagname}; {did_you_mean(error.flagname, known)}"
+        ) from None
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+    if len(positional) > 1:
+        raise UserError(
+            f"unexpected argument {positional[1]!r}: flags are written --name=value; --help shows them"
+        )
+    name = path.stem + (f"-{argument}" if argument else "").replace(",", "-")
+    return CommandLine(name, config.to_dict(), values)
+
+
+def help_text(program: str, values: flags.FlagValues, default_config: str) -> str:
+    """The flags of a program, shortly."""
+    recipes = ", ".join(f"configs/{path.name}" for path in _recipes())
+    rows = [
+        ("--config=<file>[:<variant>]", f"the recipe (default: {default_config})"),
+        ("--config.<section>.<key>=<value>", "change one key of it; --print_config shows them all"),
+    ]
+    for name in values:
+        flag = values[name]
+        if name == flag.name:  # not a short name
+            rows.append((f"--{name}" if flag.boolean else f"--{name}=<value>", flag.help))
+    lines = [f"  {flag:<34} {text}" for flag, text in rows]
+    return "\n".join([f"usage: {program} [flags]", "", *lines, "", f"recipes: {recipes}"])
+
+
+def format_config(config: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every key as the flag that sets it."""
+    return "\n".join(
+        f"{_FLAG}.{section}.{key}={value!r}"
+        for section, values in config.items()
+        for key, value in values.items()
+    )
+
+
+def _split_off_recipe(argv: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """(the last --config's value, the other arguments)."""
+    recipe, rest, arguments = default, [], list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        name, equals, value = argument.partition("=")
+        if name not in (_FLAG, _FLAG[1:]):
+            rest.append(argument)
+        elif equals:
+            recipe = value
+        elif arguments:
+            recipe = arguments.pop(0)
+        else:
+            raise UserError(f"{_FLAG} needs a value, as in {_FLAG}={default}")
+    return recipe, rest
+
+
+def _recipes() -> list[Path]:
+    files = sorted((_EXPERIMENTS / "configs").glob("*.py"))
+    return [path for path in files if "\ndef get_config(" in path.read_text(encoding="utf-8")]
+
+
+def _find(recipe: str) -> tuple[Path, str | None]:
+    """The file and the argument of `file[.py][:argument]`, relative to here or to this package."""
+    name, colon, argument = recipe.partition(":")
+    for folder in (Path.cwd(), _EXPERIMENTS, _EXPERIMENTS / "configs"):
+        for suffix in ("", ".py"):
+            path = folder / Path(name + suffix).expanduser()
+            if path.suffix == ".py" and path.is_file():
+                return path, argument if colon else None
+    known = {f"configs/{path.name}": path for path in _recipes()}
+    by_stem = {path.stem: shown for shown, path in known.items()}
+    stem = Path(name).name.removesuffix(".py")
+    suggestion = did_you_mean(stem, by_stem)
+    for near, shown in by_stem.items():
+        suggestion = suggestion.replace(f"'{near}'", f"'{shown}'")
+    raise UserError(f"there is no config file {name!r}; {suggestion}")
+
+
+def _load(path: Path, argument: str | None) -> Mapping[str, Any]:
+    """What the recipe's get_config returns."""
+    root = str(_EXPERIMENTS.parent)
+    if root not in sys.path:
+        sys.path.append(root)  # recipes share code as experiments.configs.<module>
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    assert spec is not None and spec.loader is not None  # it is a .py file
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from error
+    if not hasattr(module, "get_config"):
+        shown = ", ".join(f"configs/{p.name}" for p in _recipes())
+        raise UserError(f"config file {path} has no function get_config; recipes: {shown}")
+    try:
+        return module.get_config() if argument is None else module.get_config(argument)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _with_defaults(
+    recipe: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]], path: Path
+) -> ml_collections.ConfigDict:
+    """The recipe's sections, completed; an int in the place of a float becomes one."""
+    sections: dict[str, dict[str, Any]] = {}
+    for section in recipe:
+        if section not in defaults:
+            raise UserError(
+                f"{path} has a section {section!r} that does not exist; "
+                + did_you_mean(section, defaults)
+            )
+    for section, default in defaults.items():
+        given = dict(recipe.get(section, {}))
+        for key, value in default.items():
+            if isinstance(value, float) and type(given.get(key)) is int:
+                given[key] = float(given[key])
+        sections[section] = {**default, **given}
+    return ml_collections.ConfigDict(sections)
+
+
+def _check_overrides(arguments: Sequence[str], config: ml_collections.ConfigDict) -> None:
+    keys = [f"{section}.{key}" for section in config for key in config[section]]
+    for argument in arguments:
+        flag = argument.split("=", 1)[0].lstrip("-")
+        if not argument.startswith("-") or not flag.startswith(("config.", "noconfig.")):
+            continue
+        key = flag.split(".", 1)[1]
+        if key in config:
+            raise UserError(f"config.{key} is a section; set its keys, as in --config.{keys[0]}=...")
+        if key not in keys:
+            raise UserError(f"there is no config key {key!r}; {did_you_mean(key, keys)}")

@@ -1,0 +1,45 @@
+"""Errors that are a user's to mend, and the exit codes they end a program with.
+
+A `UserError` is one line that says what came, what is supported and what to do next. Programs print
+that line alone; every other exception is a defect and keeps its traceback.
+
+| exit code | meaning                                                              |
+|-----------|----------------------------------------------------------------------|
+| 0         | done                                                                 |
+| 1         | a defect: the traceback tells where                                  |
+| 2         | `UserError`: a flag, a config, a path, a file or a machine           |
+| 3         | `TrainingDiverged`: the loss stayed non-finite                       |
+| 75        | `Interrupted`: state was saved, start again to go on (EX_TEMPFAIL)   |
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message is one line without a traceback."""
+
+    exit_code = 2
+
+
+class TrainingDiverged(UserError):
+    """The loss or the gradient was non-finite too many steps in a row."""
+
+    exit_code = 3
+
+
+class Interrupted(UserError):
+    """A signal asked the run to stop; its state was saved before it left."""
+
+    exit_code = 75
+
+
+def did_you_mean(given: str, valid: Iterable[str]) -> str:
+    """The end of an error message: the nearest valid name if one is near, and else all of them."""
+    valid = list(valid)
+    near = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    if not valid:
+        return "there is none"
+    return "valid: " + ", ".join(valid)

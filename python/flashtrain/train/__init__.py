@@ -1,0 +1,1 @@
+"""The trainer: loop, optimizer, schedule, checkpoints, logging and the launcher of its processes."""

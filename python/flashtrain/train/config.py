@@ -1,0 +1,213 @@
+"""What a run is made of: plain dataclasses, checked before anything is started.
+
+The sections `trainer` and `optim` belong to this package. `model` and `data` are mappings that are
+handed on to `flashtrain.models` and `flashtrain.data`, which check their own keys; of them the
+trainer reads `data.batch_size` and `data.seq_len` only.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from flashtrain.errors import UserError, did_you_mean
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+SCHEDULES = ("cosine", "linear", "constant")
+DEVICES = ("auto", "cpu", "cuda")
+
+# Keys a run may change when it is continued: none of them alters what a step computes, but for
+# `max_steps`, which stretches the schedule of the steps to come and is asked for on purpose.
+RESUMABLE_KEYS = frozenset(
+    {
+        "data.batch_size",
+        "trainer.compile",
+        "trainer.device",
+        "trainer.devices",
+        "trainer.eval_every",
+        "trainer.keep_checkpoints",
+        "trainer.log_every",
+        "trainer.max_bad_steps",
+        "trainer.max_steps",
+        "trainer.sample_tokens",
+        "trainer.save_every",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+    """How long, on what and how carefully to train. 0 turns a `*_every` off, but for `log_every`."""
+
+    max_steps: int = 1000  # optimizer steps
+    global_batch_size: int = 16  # sequences per optimizer step, over all ranks
+    eval_every: int = 250  # steps between validations; the end of a run always validates
+    save_every: int = 250  # steps between checkpoints; the end of a run always saves
+    keep_checkpoints: int = 2  # the newest ones kept
+    log_every: int = 10  # steps between log lines
+    device: str = "auto"  # "auto" (GPUs if there are any), "cpu" or "cuda"
+    devices: int = 0  # processes on this machine, one per device; 0: every GPU, or one on CPU
+    precision: str = "fp32"  # see flashtrain/train/precision.py
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    max_bad_steps: int = 10  # non-finite steps in a row before the run gives up
+    compile: bool = False  # torch.compile the model
+    deterministic: bool = False  # bit-identical repeats on a GPU, at some speed; CPU always is
+    seed: int = 1111  # of initial weights and dropout
+    sample_tokens: int = 256  # tokens generated after each validation; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning rate schedule."""
+
+    lr: float = 6e-4
+    min_lr: float = 0.0  # where the schedule ends
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on the weights of nn.Linear only
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Build it with `from_mapping`, which checks it."""
+
+    name: str
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    optim: OptimConfig
+    trainer: TrainerConfig
+
+    @classmethod
+    def from_mapping(cls, name: str, config: Mapping[str, Mapping[str, Any]]) -> "RunConfig":
+        """Builds a run from nested sections. Raises UserError naming the first wrong key or value."""
+        sections = ("model", "data", "optim", "trainer")
+        for section in config:
+            if section not in sections:
+                raise UserError(
+                    f"config {name}: no section is called {section!r}; "
+                    + did_you_mean(section, sections)
+                )
+        run = cls(
+            name=name,
+            model=types.MappingProxyType(dict(config.get("model", {}))),
+            data=types.MappingProxyType(dict(config.get("data", {}))),
+            optim=_build(OptimConfig, "optim", config.get("optim", {})),
+            trainer=_build(TrainerConfig, "trainer", config.get("trainer", {})),
+        )
+        _check(run)
+        return run
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data that JSON can hold; tuples become lists."""
+        return {
+            "name": self.name,
+            "model": _plain(self.model),
+            "data": _plain(self.data),
+            "optim": _plain(dataclasses.asdict(self.optim)),
+            "trainer": _plain(dataclasses.asdict(self.trainer)),
+        }
+
+
+def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys whose values keep a run from continuing a saved one, as "key (checkpoint: x, now: y)".
+
+    Both arguments are `RunConfig.to_dict()`. Keys in `RESUMABLE_KEYS` may differ.
+    """
+    saved_flat, now_flat = _flatten(saved), _flatten(now)
+    missing = "not set"
+    return [
+        f"{key} (checkpoint: {saved_flat.get(key, missing)}, now: {now_flat.get(key, missing)})"
+        for key in sorted(saved_flat.keys() | now_flat.keys())
+        if key not in RESUMABLE_KEYS
+        and key != "name"
+        and saved_flat.get(key, missing) != now_flat.get(key, missing)
+    ]
+
+
+def _build(cls: type, section: str, values: Mapping[str, Any]) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    built = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(
+                f"config key {section}.{key} does not exist; " + did_you_mean(key, fields)
+            )
+        built[key] = _coerce(f"{section}.{key}", value, fields[key].default)
+    return cls(**built)
+
+
+def _coerce(key: str, value: Any, default: Any) -> Any:
+    """`value` as the type of the field's default; an int may stand for a float."""
+    if isinstance(default, tuple):
+        if isinstance(value, (tuple, list)) and len(value) == len(default):
+            return tuple(_coerce(key, v, d) for v, d in zip(value, default, strict=True))
+    elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is type(default):
+        return value
+    expected = f"{len(default)} numbers" if isinstance(default, tuple) else type(default).__name__
+    raise UserError(f"config key {key} must be {expected}, got {value!r}")
+
+
+def _check(run: RunConfig) -> None:
+    optim, trainer = run.optim, run.trainer
+    _choice("optim.schedule", optim.schedule, SCHEDULES)
+    _choice("trainer.precision", trainer.precision, PRECISIONS)
+    _choice("trainer.device", trainer.device, DEVICES)
+    at_least: dict[int, dict[str, float]] = {
+        1: {
+            "trainer.max_steps": trainer.max_steps,
+            "trainer.global_batch_size": trainer.global_batch_size,
+            "trainer.log_every": trainer.log_every,
+            "trainer.keep_checkpoints": trainer.keep_checkpoints,
+            "trainer.max_bad_steps": trainer.max_bad_steps,
+        },
+        0: {
+            "trainer.eval_every": trainer.eval_every,
+            "trainer.save_every": trainer.save_every,
+            "trainer.devices": trainer.devices,
+            "trainer.grad_clip": trainer.grad_clip,
+            "trainer.sample_tokens": trainer.sample_tokens,
+            "trainer.seed": trainer.seed,
+            "optim.lr": optim.lr,
+            "optim.min_lr": optim.min_lr,
+            "optim.warmup_steps": optim.warmup_steps,
+            "optim.eps": optim.eps,
+            "optim.weight_decay": optim.weight_decay,
+        },
+    }
+    for bound, values in at_least.items():
+        for key, value in values.items():
+            if not value >= bound:  # also refuses NaN
+                raise UserError(f"config key {key} must be at least {bound}, got {value}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"config key optim.betas must lie in [0, 1), got {optim.betas}")
+    for key in ("batch_size", "seq_len"):
+        value = run.data.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"config key data.{key} must be an integer of at least 1, got {value!r}")
+
+
+def _choice(key: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise UserError(f"config key {key}: {value!r} is not known; {did_you_mean(value, valid)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,49 @@
+"""Randomness of training as a pure function of (seed, step, micro batch).
+
+Before every micro batch torch's generators are seeded from the run's seed, the step and the micro
+batch's place in the global batch. So dropout draws the same masks whether or not the run was
+restarted, and on any number of ranks that cut the global batch into the same micro batches.
+"""
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy and torch (all devices): what is drawn before the first step."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_micro_batch(seed: int, step: int, index: int) -> None:
+    """Seeds torch for micro batch `index` (counted over all ranks) of `step`."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the generators as ints, lists and tensors, which load without running code."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, [int(k) for k in keys], int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores what `rng_state` gave; a GPU's state only where there is a GPU."""
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

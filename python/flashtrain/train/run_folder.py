@@ -1,0 +1,94 @@
+"""The folder of a run: chosen, made, locked and never shared.
+
+    <workdir>/checkpoints/     see checkpoint.py
+    <workdir>/tensorboard/     event files
+    <workdir>/metrics.jsonl    the same scalars, one JSON object a line
+    <workdir>/summary.json     the outcome, when the run has ended
+"""
+
+import fcntl
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from flashtrain.errors import UserError
+
+# How long to wait for the lock of a run that was just killed and whose processes are still dying.
+_LOCK_WAIT_SECONDS = 10.0
+
+
+def default_workdir(config_name: str) -> Path:
+    """`runs/<config>/<time>` under the current folder, a name nobody has taken."""
+    base = Path("runs", re.sub(r"[^\w.=-]+", "-", config_name), time.strftime("%Y%m%d-%H%M%S"))
+    path, number = base, 2
+    while path.exists():
+        path, number = Path(f"{base}-{number}"), number + 1
+    return path
+
+
+class RunFolder:
+    """Where a run's files lie. Only rank 0 may `open` it and write."""
+
+    def __init__(self, path: Path):
+        self.path = path.absolute()
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+
+    def open(self) -> None:
+        """Makes the folder and holds it until this process ends.
+
+        Raises:
+            UserError: it cannot be made or written, or another process trains in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # "a+" leaves the holder's number in place for the message below.
+            self._lock_file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run folder {self.path}: {error.strerror}; choose another "
+                "with --workdir"
+            ) from error
+        self._lock()
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a run that has ended here, if there is one."""
+        try:
+            return json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replaces the summary in one go."""
+        temporary = self.path / ".tmp-summary.json"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(summary, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.summary)
+
+    def _lock(self) -> None:
+        give_up = time.monotonic() + _LOCK_WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    self._lock_file.seek(0)
+                    raise UserError(
+                        f"process {self._lock_file.read().strip()} is training in {self.path}; "
+                        "wait for it or choose another --workdir"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:
+                return  # a file system without locks; the user answers for it
+        self._lock_file.truncate(0)
+        self._lock_file.write(f"{os.getpid()}\n")
+        self._lock_file.flush()
