@@ -38,6 +38,11 @@ class DropoutAddNorm(nn.Module):
         self.eps = eps
         self.residual_in_fp32 = residual_in_fp32
         self.fused = fused
+        if fused:
+            # Imported on demand: the plain model needs no compiled extension.
+            from flashtrain.ops.layer_norm import dropout_add_layer_norm
+
+            self._dropout_add_layer_norm = dropout_add_layer_norm
 
     def forward(self, branch_BTD: Tensor, residual_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns (z, x), both [B, T, D]: the sublayer's input and the residual stream.
@@ -46,10 +51,7 @@ class DropoutAddNorm(nn.Module):
         """
         dropout_p = self.dropout_p if self.training else 0.0
         if self.fused:
-            # Imported here so that the unfused model runs where the extension is not built.
-            from flashtrain.ops.layer_norm import dropout_add_layer_norm
-
-            return dropout_add_layer_norm(
+            return self._dropout_add_layer_norm(
                 branch_BTD,
                 residual_BTD,
                 self.weight,
