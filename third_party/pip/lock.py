@@ -7,6 +7,7 @@ other one in everything but torch.
 Run by `bazel run //third_party/pip:update`. Needs an interpreter of each supported version and pip 23 or newer.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -16,11 +17,13 @@ import subprocess
 import sys
 import tempfile
 
+import split_site
+
 PYTHON_VERSIONS = ("3.11", "3.12")
-_CUDA_ONLY = re.compile(r"triton$|nvidia-|cuda-")
 _HEADER = """\
 # {title} for CPython {pythons} on Linux x86_64.
 # Written by: bazel run //third_party/pip:update
+# Resolved from requirements.in {digest}
 """
 
 # {normalised name: {version: {hash: set of Python versions}}}
@@ -30,6 +33,17 @@ Lock = dict[str, dict[str, dict[str, set[str]]]]
 def normalise(name: str) -> str:
     """The name as package indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def is_cuda_only(name: str) -> bool:
+    """Whether a package belongs to torch's CUDA build: triton and CUDA's libraries."""
+    return name != split_site.TORCH and split_site.package_of(split_site.label_name(name)) == split_site.TORCH
+
+
+def requirements_digest(requirements: str) -> str:
+    """A short hash of what requirements.in asks for, comments and order aside."""
+    lines = sorted(line.split("#")[0].strip() for line in requirements.splitlines())
+    return "sha256:" + hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:16]
 
 
 def find_interpreter(version: str) -> str:
@@ -50,7 +64,8 @@ def resolve(python: str, args: list[str]) -> list[dict] | str:
         report = os.path.join(folder, "report.json")
         command = [python, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
         command += ["--only-binary=:all:", "--report", report, *args]
-        run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+        env = os.environ | {"PYTHONPATH": ""}
+        run = subprocess.run(command, capture_output=True, text=True, env=env)
         if run.returncode != 0:
             return run.stderr
         return json.loads(pathlib.Path(report).read_text())["install"]
@@ -69,9 +84,9 @@ def pins(lock: Lock) -> str:
     return "".join(f"{name}=={version}\n" for name in lock for version in lock[name])
 
 
-def render(lock: Lock, title: str) -> str:
+def render(lock: Lock, title: str, digest: str) -> str:
     """The lock as a requirements file."""
-    lines = [_HEADER.format(title=title, pythons=" and ".join(PYTHON_VERSIONS))]
+    lines = [_HEADER.format(title=title, pythons=" and ".join(PYTHON_VERSIONS), digest=digest)]
     for name in sorted(lock):
         for version, hashes in sorted(lock[name].items()):
             pythons = set().union(*hashes.values())
@@ -124,14 +139,15 @@ def main() -> None:
     """Rewrites both locks in the source tree."""
     folder = pathlib.Path(os.environ.get("BUILD_WORKSPACE_DIRECTORY", "."), "third_party/pip")
     interpreters = {version: find_interpreter(version) for version in PYTHON_VERSIONS}
+    digest = requirements_digest((folder / "requirements.in").read_text())
     cuda = resolve_cuda(folder / "requirements.in", interpreters)
     (torch_version,) = cuda["torch"]
     cpu_path = folder / "requirements_cpu.txt"
     old = cpu_path.read_text() if cpu_path.exists() else ""
-    cpu = {name: versions for name, versions in cuda.items() if not _CUDA_ONLY.match(name)}
+    cpu = {name: versions for name, versions in cuda.items() if not is_cuda_only(name)}
     cpu["torch"] = cpu_torch(f"{torch_version}+cpu", interpreters, old)
-    (folder / "requirements_cuda13.txt").write_text(render(cuda, "Every package, with torch for CUDA 13,"))
-    cpu_path.write_text(render(cpu, "Every package, with torch for CPUs only,"))
+    (folder / "requirements_cuda13.txt").write_text(render(cuda, "Every package, with torch for CUDA 13,", digest))
+    cpu_path.write_text(render(cpu, "Every package, with torch for CPUs only,", digest))
     print(f"locked {len(cuda)} packages for CUDA 13 and {len(cpu)} for CPUs")
 
 

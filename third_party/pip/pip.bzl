@@ -57,12 +57,16 @@ def explain_failure(python, output):
         if sign in output:
             return ("pip cannot reach its package index (%s); check the network and pip's configuration " +
                     "(%s -m pip config list), or use the interpreter's own packages with --config=site_packages") % (sign, python)
-    if "No matching distribution found for" in output:
-        return ("pip finds no wheel of %s for this Python and machine (supported: CPython 3.11 and 3.12 on Linux x86_64); " +
-                "check the index that pip is configured for (%s -m pip config list)") % (
-            _after(output, "No matching distribution found for"),
-            python,
-        )
+
+    # The second is what pip says where its configuration holds a constraints file.
+    for sign in ["No matching distribution found for", "ERROR: Cannot install"]:
+        if sign in output:
+            package = _after(output, sign)
+            remedy = "the CUDA build runs without a GPU too: --repo_env=FLASHTRAIN_LOCK=cuda13" if "+cpu" in package else (
+                "see the index and constraints that pip is configured for: %s -m pip config list" % python
+            )
+            return ("pip finds no wheel of %s for this Python and machine (supported: CPython 3.11 and 3.12 on Linux x86_64); " +
+                    "%s") % (package, remedy)
     if "No space left on device" in output:
         return "no space is left on the disk for the Python packages"
     return "pip could not install the packages"
@@ -124,4 +128,7 @@ def pip_install(rctx, python, requirements, target, args = ["--only-binary=:all:
     ] + args, pythonpath)
     if result.return_code != 0:
         output = result.stdout + result.stderr
-        fail("%s\n\n%s" % (explain_failure(python, output), output))
+
+        # The end, and without the warnings, such as one for each retry and each folder that holds no such package.
+        details = [line[:300] for line in output.split("\n") if line.strip() and not line.startswith("WARNING")]
+        fail("%s\npip said:\n%s" % (explain_failure(python, output), "\n".join(details[-20:])))

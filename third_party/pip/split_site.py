@@ -169,7 +169,7 @@ def write_packages(installed: Distributions, out: pathlib.Path) -> None:
         needs[package] |= {package_of(r) for r in required} - {package}
     for package, required in needs.items():
         deps = "".join(f'\n        "//{r}",' for r in sorted(required))
-        (out / package).mkdir(exist_ok=True)
+        (out / package).mkdir(parents=True, exist_ok=True)
         build = _BUILD.format(name=package, deps=deps and deps + "\n    ")
         for script, (module, function) in sorted(installed.console_scripts(package).items()):
             main = _CONSOLE_SCRIPT_MAIN.format(module=module, function=function)
@@ -180,7 +180,7 @@ def write_packages(installed: Distributions, out: pathlib.Path) -> None:
 
 def write_alias(out: pathlib.Path, name: str, actual: str) -> None:
     """Writes <name>/BUILD.bazel that stands for another label."""
-    (out / name).mkdir(exist_ok=True)
+    (out / name).mkdir(parents=True, exist_ok=True)
     (out / name / "BUILD.bazel").write_text(_ALIAS.format(name=name, actual=actual))
 
 
