@@ -84,6 +84,11 @@ class Manifest:
                     for name, s in fields["splits"].items()
                 },
             )
+            if manifest.vocab_size < 1:
+                raise ValueError(f"vocab_size={manifest.vocab_size}")
+            for split in manifest.splits.values():
+                if split.tokens < 0 or Path(split.file).name != split.file:
+                    raise ValueError(f"{split}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"lacks or garbles a field ({error!r})") from error
         if manifest.dtype not in DTYPES:
@@ -114,9 +119,16 @@ def write_token_files(
 
     Raises:
         DataError: the folder cannot be written.
+        ValueError: a token is not in 0..vocab_size-1.
     """
     if out_dir.exists():
         return
+    for name, tokens in splits.items():
+        outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+        if outside.size:
+            raise ValueError(
+                f"{name} holds token {outside[0]}, outside the vocabulary of {vocab_size}"
+            )
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """GPT against an independent implementation in fp64, and the promises of its docstrings."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,14 @@ from flashtrain.models.gpt import GPT, GPTConfig
 TINY = {"vocab_size": 37, "num_layers": 2, "d_model": 24, "num_heads": 3, "max_seq_len": 12}
 
 
-def tiny(seed: int = 0, **overrides) -> GPT:
+def tiny_config(**overrides: Any) -> GPTConfig:
+    return GPTConfig(**{**TINY, "fused": False, **overrides})
+
+
+def tiny(seed: int = 0, **overrides: Any) -> GPT:
     """A small model whose every parameter is random, biases and norms too."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**TINY, "fused": False, **overrides}))
+    model = GPT(tiny_config(**overrides))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -183,7 +188,7 @@ def test_initialisation():
 
 def test_a_new_model_predicts_the_uniform_distribution():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**TINY, "vocab_size": 300, "fused": False}))
+    model = GPT(tiny_config(vocab_size=300))
     loss = model(random_tokens(seed=1), random_tokens(seed=2))
     assert abs(loss.item() - math.log(300)) < 0.1
 

@@ -28,7 +28,7 @@ def test_add_norm_is_its_formula(fused, with_residual):
     branch = torch.randn(2, 5, 24)
     residual = torch.randn(2, 5, 24) if with_residual else None
     z, x = norm(branch, residual)
-    expected_x = branch.double() + (residual.double() if with_residual else 0.0)
+    expected_x = branch.double() + (0.0 if residual is None else residual.double())
     centred = expected_x - expected_x.mean(-1, keepdim=True)
     scale = torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-3)
     expected_z = centred / scale * norm.weight.double() + norm.bias.double()

@@ -1,0 +1,202 @@
+"""Prepared data on disk: written whole or not at all, read back as it was, refused when damaged."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashtrain.data import DataError, token_files
+from flashtrain.data.token_files import Manifest, open_split, read_manifest, write_token_files
+
+TRAIN, VAL = np.arange(1000) % 256, np.arange(100)[::-1] % 256
+
+
+def write(folder: Path, vocab_size: int = 256, train: np.ndarray = TRAIN) -> None:
+    write_token_files(
+        folder,
+        {"train": train, "val": VAL},
+        tokenizer="bytes",
+        vocab_size=vocab_size,
+        source={"name": "test"},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "prepared")
+    return tmp_path / "prepared"
+
+
+def message(folder: Path) -> str:
+    """The one line that opening a damaged folder is answered with."""
+    with pytest.raises(DataError) as caught:
+        open_split(folder, read_manifest(folder), "train")
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(folder) in text
+    return text
+
+
+def test_round_trip(folder):
+    manifest = read_manifest(folder)
+    assert manifest.tokenizer == "bytes"
+    assert manifest.vocab_size == 256
+    assert manifest.dtype == "uint16"
+    assert manifest.source == {"name": "test"}
+    for name, expected in (("train", TRAIN), ("val", VAL)):
+        tokens = open_split(folder, manifest, name, verify=True)
+        assert np.array_equal(tokens, expected)
+        assert not tokens.flags.writeable
+    assert (folder / "train.bin").read_bytes() == TRAIN.astype("<u2").tobytes()
+    assert sorted(os.listdir(folder)) == ["manifest.json", "train.bin", "val.bin"]
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    for vocab_size, dtype in ((2**16, "uint16"), (2**16 + 1, "uint32")):
+        folder = tmp_path / dtype
+        write(folder, vocab_size, train=np.array([0, vocab_size - 1]))
+        manifest = read_manifest(folder)
+        assert manifest.dtype == dtype
+        assert open_split(folder, manifest, "train").tolist() == [0, vocab_size - 1]
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path):
+    for bad in (256, -1):
+        with pytest.raises(ValueError, match=f"token {bad}, outside the vocabulary of 256"):
+            write(tmp_path / "prepared", train=np.array([0, bad, 1]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    written = []
+
+    def fail_at_the_second_file(path, data):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(data)
+
+    monkeypatch.setattr(token_files, "_write_durably", fail_at_the_second_file)
+    with pytest.raises(
+        DataError, match=r"cannot write .*/prepared: No space left on device; set D"
+    ):
+        write(tmp_path / "prepared")
+    assert len(written) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_appears_only_when_it_is_whole(tmp_path, monkeypatch):
+    fsynced, write_durably = [], token_files._write_durably
+
+    def watch(path, data):
+        assert not (tmp_path / "prepared").exists()
+        write_durably(path, data)
+        fsynced.append(path.name)
+
+    monkeypatch.setattr(token_files, "_write_durably", watch)
+    write(tmp_path / "prepared")
+    assert fsynced == ["train.bin", "val.bin", "manifest.json"]
+    assert os.listdir(tmp_path) == ["prepared"]
+
+
+def test_a_folder_that_exists_is_left_as_it_is(folder):
+    before = (folder / "train.bin").stat().st_mtime_ns
+    write(folder, train=TRAIN[:10])
+    assert (folder / "train.bin").stat().st_mtime_ns == before
+    assert read_manifest(folder).splits["train"].tokens == 1000
+
+
+def _write_at_once(folder: Path, barrier) -> None:
+    barrier.wait(timeout=30)
+    write(folder)
+
+
+def test_concurrent_writers_do_not_harm_each_other(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for attempt in range(5):
+        folder, barrier = tmp_path / str(attempt) / "prepared", context.Barrier(4)
+        writers = [context.Process(target=_write_at_once, args=(folder, barrier)) for _ in range(4)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join(timeout=60)
+        assert [writer.exitcode for writer in writers] == [0, 0, 0, 0]
+        assert np.array_equal(open_split(folder, read_manifest(folder), "train"), TRAIN)
+        assert os.listdir(folder.parent) == ["prepared"]
+
+
+def test_a_place_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot write prepared data to .*file/prepared"):
+        write(tmp_path / "file" / "prepared")
+
+
+def test_missing_files(tmp_path, folder):
+    assert "no such folder" in message(tmp_path / "nowhere")
+    (folder / "train.bin").unlink()
+    assert "cannot read" in message(folder)
+    (folder / "manifest.json").unlink()
+    assert "it has no manifest.json" in message(folder)
+
+
+def test_truncated_file(folder):
+    os.truncate(folder / "train.bin", 1998)
+    text = message(folder)
+    assert "train.bin holds 1,998 bytes, the manifest says 2,000" in text
+    assert f"delete {folder} and prepare it again" in text
+
+
+def test_flipped_bit(folder):
+    data = bytearray((folder / "train.bin").read_bytes())
+    data[1234] ^= 1
+    (folder / "train.bin").write_bytes(data)
+    assert "train.bin is damaged" in message(folder)
+
+
+def test_large_files_are_verified_on_demand(folder, monkeypatch):
+    monkeypatch.setattr(token_files, "VERIFY_AT_LOAD_BYTES", 100)
+    data = bytearray((folder / "train.bin").read_bytes())
+    data[1234] ^= 1
+    (folder / "train.bin").write_bytes(data)
+    manifest = read_manifest(folder)
+    assert len(open_split(folder, manifest, "train")) == 1000
+    with pytest.raises(DataError, match=r"train\.bin is damaged"):
+        open_split(folder, manifest, "train", verify=True)
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        (lambda text: text[: len(text) // 2], "is not JSON"),
+        (lambda text: "[]", 'has no "format": "flashtrain-tokens"'),
+        (lambda text: text.replace("flashtrain-tokens", "other"), 'has no "format"'),
+        (lambda text: text.replace('"version": 1', '"version": 9'), "has format version 9"),
+        (lambda text: text.replace("uint16", "float8"), "has dtype 'float8', supported: uint16"),
+        (lambda text: text.replace('"vocab_size"', '"words"'), "lacks or garbles a field"),
+        (lambda text: text.replace('"vocab_size": 256', '"vocab_size": -1'), "lacks or garbles"),
+        (lambda text: text.replace('"tokens": 1000', '"tokens": "many"'), "lacks or garbles"),
+        (lambda text: text.replace('"splits"', '"parts"'), "lacks or garbles a field"),
+        (lambda text: text.replace('"val":', '"test":'), "lacks the split 'val'"),
+        (lambda text: text.replace("train.bin", "../train.bin"), "lacks or garbles a field"),
+    ],
+)
+def test_damaged_manifests(folder, edit, complaint):
+    path = folder / "manifest.json"
+    edited = edit(path.read_text())
+    assert edited != path.read_text()
+    path.write_text(edited)
+    assert complaint in message(folder)
+
+
+def test_manifest_that_is_no_text(folder):
+    (folder / "manifest.json").write_bytes(b"\xff\xfe\x00")
+    assert "cannot read" in message(folder)
+
+
+def test_manifest_round_trip(folder):
+    manifest = read_manifest(folder)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert json.loads(manifest.to_json())["version"] == 1
