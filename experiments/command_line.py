@@ -10,6 +10,7 @@ classes. Every mistake is a UserError of one line.
 import dataclasses
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,12 @@ from flashtrain.errors import UserError, did_you_mean
 
 _EXPERIMENTS = Path(__file__).absolute().parent
 _FLAG = "--config"
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    tuple: "a tuple of numbers",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +73,11 @@ def parse(
     try:
         positional = values(list(rest))
     except flags.UnrecognizedFlagError as error:
-        known = [name for name in values if not name.startswith("config.")]
-        raise UserError(
-            f"there is no flag --{error.flagname}; {did_you_mean(error.flagname, known)}"
-        ) from None
+        known = [f"--{name}" for name in values if not name.startswith("config.")]
+        flag = f"--{error.flagname}"
+        raise UserError(f"there is no flag {flag}; {did_you_mean(flag, known)}") from None
     except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+        raise UserError(_explain_value(str(error), values, config)) from None
     if len(positional) > 1:
         raise UserError(
             f"unexpected argument {positional[1]!r}: flags are written --name=value; --help shows them"
@@ -114,7 +120,7 @@ def _split_off_recipe(argv: Sequence[str], default: str) -> tuple[str, list[str]
             rest.append(argument)
         elif equals:
             recipe = value
-        elif arguments:
+        elif arguments and not arguments[0].startswith("-"):
             recipe = arguments.pop(0)
         else:
             raise UserError(f"{_FLAG} needs a value, as in {_FLAG}={default}")
@@ -192,6 +198,22 @@ def _check_overrides(arguments: Sequence[str], config: ml_collections.ConfigDict
             continue
         key = flag.split(".", 1)[1]
         if key in config:
-            raise UserError(f"config.{key} is a section; set its keys, as in --config.{keys[0]}=...")
+            own = next(k for k in keys if k.startswith(f"{key}."))
+            raise UserError(f"config.{key} is a section; set its keys, as in --config.{own}=...")
         if key not in keys:
             raise UserError(f"there is no config key {key!r}; {did_you_mean(key, keys)}")
+
+
+def _explain_value(message: str, values: flags.FlagValues, config: Any) -> str:
+    """absl's "flag --name=value: reason" in terms of what the flag takes; else the message itself."""
+    match = re.match(r"flag --([\w.]+)=(.*?): ", message)
+    if match is None:
+        return message
+    name, value = match.groups()
+    if name.startswith("config."):
+        section, key = name.removeprefix("config.").split(".")
+        old = config[section][key]
+        takes, example = _TYPE_NAMES.get(type(old), type(old).__name__), repr(old)
+    else:
+        takes, example = _TYPE_NAMES[bool] if values[name].boolean else "text", "true"
+    return f"--{name}={value} is not {takes}; use one such as --{name}={example}"

@@ -27,17 +27,28 @@ def batch_sizes(config: RunConfig, ranks: int) -> BatchSizes:
         UserError: the global batch cannot be split evenly; names the nearest ones that can.
     """
     total, micro = config.trainer.global_batch_size, config.data["batch_size"]
-    if total % ranks == 0:
-        micro = min(micro, total // ranks)
-    chunk = micro * ranks
-    if total % chunk:
-        below, above = total // chunk * chunk, (total // chunk + 1) * chunk
-        nearest = " or ".join(str(n) for n in (below, above) if n > 0)
+    if total % ranks:
         raise UserError(
-            f"trainer.global_batch_size={total} is not a multiple of data.batch_size x processes "
-            f"= {micro} x {ranks}; the nearest that are: {nearest}"
+            f"trainer.global_batch_size={total} cannot be shared evenly by {ranks} processes; the "
+            f"nearest that can: {_nearest_multiples(total, ranks)}"
         )
-    return BatchSizes(micro, total // chunk)
+    share = total // ranks
+    micro = min(micro, share)
+    if share % micro:
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        below, above = max(n for n in divisors if n < micro), min(n for n in divisors if n > micro)
+        raise UserError(
+            f"trainer.global_batch_size={total} on {ranks} processes cannot be cut into micro "
+            f"batches of data.batch_size={micro}; the nearest data.batch_size that fit: {below} or "
+            f"{above}; the nearest trainer.global_batch_size: "
+            f"{_nearest_multiples(total, micro * ranks)}"
+        )
+    return BatchSizes(micro, share // micro)
+
+
+def _nearest_multiples(number: int, of: int) -> str:
+    below, above = number // of * of, (number // of + 1) * of
+    return f"{below} or {above}" if below else f"{above}"
 
 
 def build_dataset(config: RunConfig, world: World) -> TokenDataset:

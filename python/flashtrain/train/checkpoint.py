@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,8 +52,18 @@ class Checkpoint:
         return self.manifest["step"]
 
     def load(self) -> dict[str, Any]:
-        """The saved state, on the CPU. Runs no code from the file."""
-        return torch.load(self.path / _STATE, map_location="cpu", weights_only=True)
+        """The saved state, on the CPU. Runs no code from the file.
+
+        Raises:
+            UserError: the file holds more than data, so it was not written by `save`.
+        """
+        try:
+            return torch.load(self.path / _STATE, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"checkpoint {self.path / _STATE} holds objects other than tensors and plain data; "
+                "it is not loaded, for it could run code: choose another --workdir"
+            ) from error
 
 
 def save(

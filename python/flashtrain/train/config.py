@@ -116,13 +116,16 @@ def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     Both arguments are `RunConfig.to_dict()`. Keys in `RESUMABLE_KEYS` may differ.
     """
     saved_flat, now_flat = _flatten(saved), _flatten(now)
-    missing = "not set"
+
+    def shown(flat: Mapping[str, Any], key: str) -> str:
+        return repr(flat[key]) if key in flat else "not set"
+
     return [
-        f"{key} (checkpoint: {saved_flat.get(key, missing)}, now: {now_flat.get(key, missing)})"
+        f"{key} (checkpoint: {shown(saved_flat, key)}, now: {shown(now_flat, key)})"
         for key in sorted(saved_flat.keys() | now_flat.keys())
         if key not in RESUMABLE_KEYS
         and key != "name"
-        and saved_flat.get(key, missing) != now_flat.get(key, missing)
+        and shown(saved_flat, key) != shown(now_flat, key)
     ]
 
 

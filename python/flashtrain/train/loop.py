@@ -54,7 +54,7 @@ def train(config: RunConfig, workdir: Path | None, command: Sequence[str]) -> No
         path = world.broadcast(workdir or default_workdir(config.name))
         folder = RunFolder(path)
         if world.is_main:
-            folder.open()
+            folder.check_writable()  # now rather than after the data has been prepared
         Trainer(config, world, folder, command).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -97,6 +97,8 @@ class Trainer:
         """Resumes, trains to the last step, validates, saves and writes the summary."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        if self.world.is_main:
+            self.folder.open()
         self._resume()
         if self._is_finished():
             return

@@ -39,6 +39,16 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
 
+    def check_writable(self) -> None:
+        """Raises UserError where `open` is bound to fail; makes nothing."""
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise self._not_writable(f"{parent} is a file")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise self._not_writable(f"no permission to write in {parent}")
+
     def open(self) -> None:
         """Makes the folder and holds it until this process ends.
 
@@ -50,10 +60,7 @@ class RunFolder:
             # "a+" leaves the holder's number in place for the message below.
             self._lock_file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise UserError(
-                f"cannot write to the run folder {self.path}: {error.strerror}; choose another "
-                "with --workdir"
-            ) from error
+            raise self._not_writable(error.strerror) from error
         self._lock()
 
     def read_summary(self) -> dict[str, Any] | None:
@@ -72,6 +79,11 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.summary)
+
+    def _not_writable(self, reason: str | None) -> UserError:
+        return UserError(
+            f"cannot write to the run folder {self.path}: {reason}; choose another with --workdir"
+        )
 
     def _lock(self) -> None:
         give_up = time.monotonic() + _LOCK_WAIT_SECONDS

@@ -15,6 +15,8 @@ from flashtrain.train.checkpoint import Checkpoint
 from flashtrain.train.config import RunConfig, contradictions
 from flashtrain.train.optimizer import load_named_state, named_state
 
+_SHOWN_KEYS = 8  # of a config that contradicts; the rest is counted
+
 
 @dataclasses.dataclass
 class Progress:
@@ -63,9 +65,12 @@ def restore(
     # 1. The config: nothing is loaded that belongs to another run.
     differing = contradictions(checkpoint.manifest["config"], config.to_dict())
     if differing:
+        shown = ", ".join(differing[:_SHOWN_KEYS])
+        more = len(differing) - _SHOWN_KEYS
         raise UserError(
-            f"the config contradicts the checkpoint {checkpoint.path} in {', '.join(differing)}; "
-            "give the same values or choose another --workdir"
+            f"the config contradicts the checkpoint {checkpoint.path} in {shown}"
+            f"{f' and {more} more keys' if more > 0 else ''}; give the same values or choose "
+            "another --workdir"
         )
     # 2. The file, whose checksum has been verified; no code in it is run.
     state = checkpoint.load()

@@ -4,6 +4,7 @@ Legend: B batch, T sequence.
 """
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from flashtrain.train.config import RunConfig
 from flashtrain.train.optimizer import step_unless
 from flashtrain.train.precision import Precision
 from flashtrain.train.schedule import learning_rate
+
+# torch 2.13 renamed DistributedDataParallel's option and warns about the old name.
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = (
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
+)
 
 
 class TrainStep:
@@ -98,7 +105,7 @@ def _replicate(model: nn.Module, world: World, accumulation: int) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,  # the model's buffers are constants
+        **{_SYNC_BUFFERS: False},  # the model's buffers are constants
         gradient_as_bucket_view=True,
         static_graph=accumulation == 1,  # a static graph does not go with no_sync
     )
