@@ -3,8 +3,8 @@
 A tensor is anything that speaks DLPack: an object whose type has `__dlpack_c_exchange_api__`
 (torch), a capsule of `torch.utils.dlpack.to_dlpack`, or an object with `__dlpack__` (numpy).
 Outputs are tensors that the caller allocates; None in their place means "not wanted". All tensors
-of a call are on one device; matrices are [rows, cols] with adjacent columns and any row stride, all
-else is contiguous. `stream` is a cudaStream_t as an int (0: the default stream; ignored on CPU).
+of a call are on one device; matrices are [..., cols] with adjacent columns and one stride from row
+to row, all else is contiguous. `stream` is a cudaStream_t as an int (0: the default stream; ignored on CPU).
 Calls release the GIL, and on CUDA only enqueue.
 
 Raises ValueError for an argument that does not fit (its name, what came, what is supported),
@@ -41,8 +41,8 @@ def layer_norm_forward(
 ) -> None:
     """x = layerscale * dropout(rowscale * x0) + residual; z = norm(x) * weight + bias.
 
-    Writes z [rows, cols] (any float dtype), x [rows, cols] (float32 or x0's dtype), mean and rstd
-    [rows] float32, dropout_mask [rows, cols] uint8 (1 = kept). rng_state is {seed, offset}, int64
+    Writes z [..., cols] (any float dtype), x [..., cols] (float32 or x0's dtype), mean and rstd
+    [...] float32, dropout_mask [..., cols] uint8 (1 = kept). rng_state is {seed, offset}, int64
     [2]. The details are in cc/layer_norm/layer_norm.h.
     """
 

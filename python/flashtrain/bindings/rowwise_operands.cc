@@ -12,9 +12,8 @@ void CheckDType(const TensorArg& arg, std::optional<DType>* dtype) {
 
 }  // namespace
 
-RowwiseOperands::RowwiseOperands(const char* name, py::handle first) : first_(name, first) {
-  first_.ExpectUnitColumnStride();
-}
+RowwiseOperands::RowwiseOperands(const char* name, py::handle first)
+    : first_(name, first), matrix_(first_.ExpectMatrix()) {}
 
 TensorArg RowwiseOperands::Read(const char* name, py::handle object) {
   TensorArg arg(name, object);
@@ -26,7 +25,7 @@ TensorArg RowwiseOperands::Read(const char* name, py::handle object) {
 void RowwiseOperands::Mask(const char* name, py::handle object, uint8_t** data) {
   if (object.is_none()) return;
   const TensorArg arg = Read(name, object);
-  arg.ExpectShape({rows(), cols()});
+  arg.ExpectShape(first_.shape(), first_.ndim());
   arg.ExpectContiguous();
   arg.ExpectElementType(ElementType::kUInt8);
   *data = arg.data<uint8_t>();
@@ -41,15 +40,20 @@ void RowwiseOperands::RngState(const char* name, py::handle object, const uint64
   *data = arg.data<const uint64_t>();
 }
 
-void RowwiseOperands::CheckMatrix(const TensorArg& arg, std::optional<DType>* dtype) const {
-  arg.ExpectShape({rows(), cols()});
-  arg.ExpectUnitColumnStride();
+int64_t RowwiseOperands::CheckMatrix(const TensorArg& arg, std::optional<DType>* dtype) const {
+  arg.ExpectShape(first_.shape(), first_.ndim());
+  CheckDType(arg, dtype);
+  return arg.ExpectMatrix().row_stride;
+}
+
+void RowwiseOperands::CheckColumns(const TensorArg& arg, std::optional<DType>* dtype) const {
+  arg.ExpectShape({cols()});
+  arg.ExpectContiguous();
   CheckDType(arg, dtype);
 }
 
-void RowwiseOperands::CheckVector(const TensorArg& arg, int64_t size,
-                                  std::optional<DType>* dtype) const {
-  arg.ExpectShape({size});
+void RowwiseOperands::CheckRows(const TensorArg& arg, std::optional<DType>* dtype) const {
+  arg.ExpectShape(first_.shape(), first_.ndim() - 1);
   arg.ExpectContiguous();
   CheckDType(arg, dtype);
 }

@@ -1,7 +1,8 @@
 #pragma once
 
-// RowwiseOperands: reads the arguments of an op on [rows, cols] matrices into its params struct,
-// one line each, with the checks that all of them share.
+// RowwiseOperands: reads the arguments of an op on matrices into its params struct, one line each,
+// with the checks that all of them share. A matrix is [..., cols]; its leading dimensions together
+// are the rows, so callers need not flatten.
 //
 //   RowwiseOperands operands("x0", x0);          // fixes rows, cols and the device
 //   std::optional<DType> weight_dtype;           // shared by weight and bias
@@ -28,39 +29,45 @@ class RowwiseOperands {
   RowwiseOperands(const char* name, pybind11::handle first);
 
   const TensorArg& first() const { return first_; }
-  int64_t rows() const { return first_.size(0); }
-  int64_t cols() const { return first_.size(1); }
+  int64_t rows() const { return matrix_.rows; }
+  int64_t cols() const { return matrix_.cols; }
 
-  // [rows, cols], unit column stride, any row stride.
+  // The shape of `first`, adjacent columns, any row stride.
   template <typename T>
   void Matrix(const char* name, pybind11::handle object, T** data, int64_t* row_stride,
               std::optional<DType>* dtype) {
     if (object.is_none()) return;
     const TensorArg arg = Read(name, object);
-    CheckMatrix(arg, dtype);
+    *row_stride = CheckMatrix(arg, dtype);
     *data = arg.data<T>();
-    // A tensor of one row may report any stride.
-    *row_stride = rows() > 1 ? arg.stride(0) : cols();
   }
 
-  // [rows, cols] uint8, contiguous.
+  // The shape of `first`, uint8, contiguous.
   void Mask(const char* name, pybind11::handle object, uint8_t** data);
 
-  // [cols] and [rows], contiguous.
+  // [cols], contiguous.
   template <typename T>
   void Columns(const char* name, pybind11::handle object, T** data, std::optional<DType>* dtype) {
-    ReadVector(name, object, cols(), data, dtype);
-  }
-  template <typename T>
-  void Rows(const char* name, pybind11::handle object, T** data, std::optional<DType>* dtype) {
-    ReadVector(name, object, rows(), data, dtype);
+    if (object.is_none()) return;
+    const TensorArg arg = Read(name, object);
+    CheckColumns(arg, dtype);
+    *data = arg.data<T>();
   }
 
-  // [rows] float32, contiguous: statistics kept for backward.
+  // The shape of `first` without its last dimension, contiguous: one element for each row.
+  template <typename T>
+  void Rows(const char* name, pybind11::handle object, T** data, std::optional<DType>* dtype) {
+    if (object.is_none()) return;
+    const TensorArg arg = Read(name, object);
+    CheckRows(arg, dtype);
+    *data = arg.data<T>();
+  }
+
+  // Rows() in float32: statistics kept for backward.
   template <typename T>
   void RowStatistics(const char* name, pybind11::handle object, T** data) {
     std::optional<DType> dtype = DType::kFloat32;
-    ReadVector(name, object, rows(), data, &dtype);
+    Rows(name, object, data, &dtype);
   }
 
   // {seed, offset}: int64 [2].
@@ -68,19 +75,12 @@ class RowwiseOperands {
 
  private:
   TensorArg Read(const char* name, pybind11::handle object);  // checks the device
-  void CheckMatrix(const TensorArg& arg, std::optional<DType>* dtype) const;
-  void CheckVector(const TensorArg& arg, int64_t size, std::optional<DType>* dtype) const;
-
-  template <typename T>
-  void ReadVector(const char* name, pybind11::handle object, int64_t size, T** data,
-                  std::optional<DType>* dtype) {
-    if (object.is_none()) return;
-    const TensorArg arg = Read(name, object);
-    CheckVector(arg, size, dtype);
-    *data = arg.data<T>();
-  }
+  int64_t CheckMatrix(const TensorArg& arg, std::optional<DType>* dtype) const;
+  void CheckColumns(const TensorArg& arg, std::optional<DType>* dtype) const;
+  void CheckRows(const TensorArg& arg, std::optional<DType>* dtype) const;
 
   TensorArg first_;
+  TensorArg::Matrix matrix_;
   std::vector<pybind11::object> capsules_;  // what keeps the views alive that need it; often none
 };
 

@@ -167,10 +167,10 @@ void TensorArg::ExpectSameDevice(const TensorArg& other) const {
   }
 }
 
-void TensorArg::ExpectShape(std::initializer_list<int64_t> shape) const {
-  bool same = view_.ndim == static_cast<int>(shape.size());
-  for (int i = 0; same && i < view_.ndim; ++i) same = view_.shape[i] == shape.begin()[i];
-  if (!same) Fail("shape " + Join(shape.begin(), static_cast<int>(shape.size())));
+void TensorArg::ExpectShape(const int64_t* shape, int ndim) const {
+  bool same = view_.ndim == ndim;
+  for (int i = 0; same && i < ndim; ++i) same = view_.shape[i] == shape[i];
+  if (!same) Fail("shape " + Join(shape, ndim));
 }
 
 void TensorArg::ExpectContiguous() const {
@@ -184,9 +184,26 @@ void TensorArg::ExpectContiguous() const {
   if (!contiguous) Fail("a contiguous tensor");
 }
 
-void TensorArg::ExpectUnitColumnStride() const {
-  if (ndim() != 2) Fail("2 dimensions, [rows, cols]");
-  if (size(0) > 0 && size(1) > 1 && stride(1) != 1) Fail("unit stride in the last dimension");
+TensorArg::Matrix TensorArg::ExpectMatrix() const {
+  if (ndim() == 0) Fail("at least one dimension, [..., cols]");
+  const int last = ndim() - 1;
+  Matrix matrix = {1, size(last), size(last)};
+  for (int i = 0; i < last; ++i) matrix.rows *= size(i);
+  if (matrix.rows == 0 || matrix.cols == 0) return matrix;
+
+  if (matrix.cols > 1 && stride(last) != 1) Fail("adjacent elements in the last dimension");
+  // Dimensions of size 1 may report any stride and do not count.
+  int64_t inner_rows = 1;
+  for (int i = last - 1; i >= 0; --i) {
+    if (size(i) == 1) continue;
+    if (inner_rows == 1) {
+      matrix.row_stride = stride(i);
+    } else if (stride(i) != matrix.row_stride * inner_rows) {
+      Fail("one stride from row to row through all leading dimensions");
+    }
+    inner_rows *= size(i);
+  }
+  return matrix;
 }
 
 void TensorArg::Fail(const std::string& expected) const {

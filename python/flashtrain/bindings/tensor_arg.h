@@ -39,6 +39,7 @@ class TensorArg {
   int device_index() const { return is_cuda() ? view_.device.device_id : 0; }
   int ndim() const { return view_.ndim; }
   int64_t size(int dim) const { return view_.shape[dim]; }
+  const int64_t* shape() const { return view_.shape; }
   int64_t stride(int dim) const;  // in elements
   template <typename T = void>
   T* data() const {
@@ -54,10 +55,20 @@ class TensorArg {
   void ExpectFloat(DType dtype) const;
   void ExpectElementType(ElementType type) const;
   void ExpectSameDevice(const TensorArg& other) const;
-  void ExpectShape(std::initializer_list<int64_t> shape) const;
+  void ExpectShape(const int64_t* shape, int ndim) const;
+  void ExpectShape(std::initializer_list<int64_t> shape) const {
+    ExpectShape(shape.begin(), static_cast<int>(shape.size()));
+  }
   void ExpectContiguous() const;
-  // [rows, cols] with adjacent columns and any row stride.
-  void ExpectUnitColumnStride() const;
+
+  // The tensor [..., cols] as a matrix [rows, cols], all leading dimensions taken together, which
+  // must be possible without a copy: adjacent columns, one stride from row to row.
+  struct Matrix {
+    int64_t rows;
+    int64_t cols;
+    int64_t row_stride;  // in elements
+  };
+  Matrix ExpectMatrix() const;
 
  private:
   [[noreturn]] void Fail(const std::string& expected) const;

@@ -1,0 +1,76 @@
+"""What the registration and the calls of every op share: torch.library, DLPack, stream, threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtrain import _kernels
+
+_LIBRARY = torch.library.Library("flashtrain", "FRAGMENT")
+
+
+def register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Defines the op flashtrain::<schema>, with one kernel for CPU and CUDA, and returns it.
+
+    The op has no autograd formula: an autograd.Function calls it. Costs of a no-op on six
+    arguments, torch 2.13: this 2 us, `custom_op` 18 us; with autograd around it,
+    autograd.Function 8 us more, `register_autograd` 23 us more.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for dispatch_key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, dispatch_key)
+    torch.library.register_fake(f"flashtrain::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.flashtrain, name).default
+
+
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+
+    def to_kernel(tensor: Tensor | None) -> object:
+        """The tensor as an argument of a kernel: as it is, read through DLPack's C interface."""
+        return tensor
+else:
+
+    def to_kernel(tensor: Tensor | None) -> object:
+        """The tensor as an argument of a kernel: a DLPack capsule, 0.2 us.
+
+        Not `Tensor.__dlpack__`, which refuses tensors that require grad and synchronises streams.
+        """
+        return None if tensor is None else torch.utils.dlpack.to_dlpack(tensor)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """The tensor [..., D] if kernels can read it as rows, else a contiguous copy.
+
+    They can if the elements of a row are adjacent, one stride leads from row to row through all
+    leading dimensions, and rows do not overlap.
+    """
+    if tensor.is_contiguous():
+        return tensor
+    row_stride, rows = 0, 1
+    for size, stride in zip(tensor.shape[-2::-1], tensor.stride()[-2::-1]):
+        if size > 1:
+            if rows == 1:
+                row_stride = stride
+            elif stride != row_stride * rows:
+                return tensor.contiguous()
+            rows *= size
+    cols = tensor.shape[-1]
+    if (cols > 1 and tensor.stride(-1) != 1) or (rows > 1 and row_stride < cols):
+        return tensor.contiguous()
+    return tensor
+
+
+def launch_context(tensor: Tensor) -> int:
+    """The stream for a kernel on the tensor's device; on CPU, 0, after setting the thread count."""
+    if tensor.is_cuda:
+        # torch.cuda.current_stream(device).cuda_stream without making a Stream: 0.1 us, not 1.5.
+        return torch._C._cuda_getCurrentRawStream(tensor.get_device())
+    _kernels.set_num_threads(torch.get_num_threads())
+    return 0
