@@ -1,1 +1,1 @@
-"""What the tests of several packages share. Needs torch and pytest; nothing imports it but tests."""
+"""What the tests of several packages share; needs torch and pytest."""
