@@ -71,11 +71,17 @@ def has_gpu(rctx):
     return rctx.path("/dev/nvidiactl").exists or rctx.path("/proc/driver/nvidia/version").exists
 
 def _local_gpu_impl(rctx):
+    value = rctx.os.environ.get("FLASHTRAIN_GPU", "") or str(int(has_gpu(rctx)))
+    if value not in ["0", "1"]:
+        fail("FLASHTRAIN_GPU=%s: supported are 1 (build and run the GPU tests), 0, or nothing to look at the machine" % value)
     rctx.file("BUILD.bazel", "")
-    rctx.file("defs.bzl", "\"\"\"Written by local_gpu_repository.\"\"\"\n\nHAS_GPU = %s\n" % has_gpu(rctx))
+    rctx.file("defs.bzl", "\"\"\"Written by local_gpu_repository.\"\"\"\n\nHAS_GPU = %s\n" % (value == "1"))
 
 local_gpu_repository = repository_rule(
     implementation = _local_gpu_impl,
+    environ = ["FLASHTRAIN_GPU"],
     local = True,
-    doc = "@local_gpu//:defs.bzl with HAS_GPU, read again whenever the Bazel server starts.",
+    doc = """@local_gpu//:defs.bzl with HAS_GPU, read again whenever the Bazel server starts.
+
+--repo_env=FLASHTRAIN_GPU=1 builds the GPU tests on a machine without a GPU, to run them on another.""",
 )
