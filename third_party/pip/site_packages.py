@@ -1,4 +1,4 @@
-"""Prints, as JSON, the version of each named distribution that the running interpreter can import (null: it cannot).
+"""Prints, as JSON, the version of each named distribution (null: it is not installed).
 
 Usage: site_packages.py FOLDER NAME...    FOLDER "" looks where the interpreter itself does.
 """

@@ -1,11 +1,12 @@
 """Splits one installed site-packages folder into a Bazel package for each distribution.
 
-`<name>/site` holds the files of one distribution and is used as one label (a folder costs one link in a target's
-runfiles, its 12,000 files would cost 12,000); `<name>/BUILD.bazel` makes it a py_library whose deps are the
-distribution's requirements. Torch, triton and CUDA's libraries share `torch/site`: they find each other by paths
-relative to one site-packages folder.
+`<name>/site` holds the files of one distribution and is used as one label: a folder costs one link
+in a target's runfiles, torch's 12,000 files would cost 12,000. `<name>/BUILD.bazel` makes it a
+py_library whose deps are the distribution's requirements. Torch, triton and CUDA's libraries share
+`torch/site`: they find each other by paths relative to one site-packages folder.
 
-Run by the repository rule with the interpreter that the packages are for; needs `packaging` among the packages.
+Run by the repository rule with the interpreter that the packages are for; needs `packaging` among
+the packages.
 """
 
 import argparse
@@ -18,13 +19,13 @@ import pathlib
 import py_compile
 import re
 import sys
-from typing import Iterator
+from collections.abc import Iterator
 
 TORCH = "torch"
 _SHARES_TORCH_SITE = re.compile(r"(torch|triton|nvidia_.*|cuda_.*)$")
 # A package of its own inside the folder would hide its files from Bazel; torch's wheel ships one.
 _BAZEL_FILES = {"BUILD", "BUILD.bazel", "WORKSPACE", "WORKSPACE.bazel", "MODULE.bazel"}
-# Nothing imports the packages' own tests: a third of the Python files, not worth the time to compile them.
+# Nothing imports the packages' own tests; compiling them takes a third of the time.
 _NOT_COMPILED = re.compile(r"/tests?/|/_?testing/")
 
 _BUILD = """\
@@ -36,7 +37,9 @@ py_library(
     name = "{name}",
     data = ["site"],
     imports = ["site"],
-    deps = [{deps}],
+    deps = [
+        "//:isolation",{deps}
+    ],
 )
 """
 
@@ -51,6 +54,7 @@ py_binary(
 
 _CONSOLE_SCRIPT_MAIN = """\
 import sys
+from collections.abc import Iterator
 
 from {module} import {function}
 
@@ -82,11 +86,14 @@ class Distributions:
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
         self.by_name = {
-            label_name(d.metadata["Name"]): d for d in importlib.metadata.distributions(path=[str(folder)])
+            label_name(d.metadata["Name"]): d
+            for d in importlib.metadata.distributions(path=[str(folder)])
         }
 
     def _requirements(self, name: str) -> Iterator:
-        from packaging.requirements import Requirement  # of the installed packages; main() puts them on sys.path
+        from packaging.requirements import (
+            Requirement,
+        )  # of the installed packages; main() puts them on sys.path
 
         for text in self.by_name[name].requires or []:
             requirement = Requirement(text)
@@ -96,7 +103,7 @@ class Distributions:
     def requirements(self) -> dict[str, set[str]]:
         """What each distribution needs of the others, as far as it is installed.
 
-        An optional requirement counts if some distribution asks for that extra (as in "fsspec[http]").
+        An optional requirement counts if a distribution asks for that extra ("fsspec[http]").
         """
         extras: dict[str, set[str]] = collections.defaultdict(lambda: {""})
         needs: dict[str, set[str]] = {}
@@ -115,7 +122,9 @@ class Distributions:
     def files(self, name: str) -> Iterator[pathlib.PurePosixPath]:
         """Files that a distribution has in the folder, compiled ones included, from its RECORD."""
         for path in self.by_name[name].files or []:
-            if path.is_absolute() or ".." in path.parts:  # scripts and man pages, which lie beside the folder
+            if (
+                path.is_absolute() or ".." in path.parts
+            ):  # scripts and man pages, which lie beside the folder
                 continue
             if path.name not in _BAZEL_FILES:
                 yield pathlib.PurePosixPath(path)
@@ -133,7 +142,7 @@ class Distributions:
 def byte_compile(folder: pathlib.Path) -> None:
     """Compiles what can be compiled, so that nothing is compiled again in every test's sandbox.
 
-    By hash and with relative paths, not by time stamp, so that the same wheels give the same bytes everywhere.
+    By hash, not by time stamp, and with relative paths, so that equal wheels give equal bytes.
     """
     compileall.compile_dir(
         folder,
@@ -170,7 +179,7 @@ def write_packages(installed: Distributions, out: pathlib.Path) -> None:
     for package, required in needs.items():
         deps = "".join(f'\n        "//{r}",' for r in sorted(required))
         (out / package).mkdir(parents=True, exist_ok=True)
-        build = _BUILD.format(name=package, deps=deps and deps + "\n    ")
+        build = _BUILD.format(name=package, deps=deps)
         for script, (module, function) in sorted(installed.console_scripts(package).items()):
             main = _CONSOLE_SCRIPT_MAIN.format(module=module, function=function)
             (out / package / f"{script}_bin.py").write_text(main)
@@ -195,7 +204,9 @@ def main(argv: list[str] | None = None) -> None:
     installed = Distributions(folder)
     byte_compile(folder)
     write_packages(installed, args.out)
-    write_alias(args.out, "triton", "//" + TORCH)  # in the CPU lock too, so that the label is always there
+    write_alias(
+        args.out, "triton", "//" + TORCH
+    )  # in the CPU lock too, so that the label is always there
     move_files(installed, args.out)
 
 

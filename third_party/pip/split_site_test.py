@@ -10,7 +10,13 @@ import pytest
 import split_site
 
 
-def install(folder: pathlib.Path, name: str, files: dict[str, str], requires: tuple[str, ...] = (), scripts: str = ""):
+def install(
+    folder: pathlib.Path,
+    name: str,
+    files: dict[str, str],
+    requires: tuple[str, ...] = (),
+    scripts: str = "",
+):
     """Writes a distribution as pip does: its files, METADATA, RECORD."""
     info = f"{name}-1.0.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
@@ -33,13 +39,28 @@ def split(tmp_path):
         installed,
         "Absl.Py",
         {"absl/__init__.py": "import shared\n", "absl/data.txt": "data", "shared.py": "X = 1\n"},
-        requires=("other[fast]>=1", "not-installed", "tool ; python_version < '3'", "torch ; extra == 'all'"),
+        requires=(
+            "other[fast]>=1",
+            "not-installed",
+            "tool ; python_version < '3'",
+            "torch ; extra == 'all'",
+        ),
         scripts="[console_scripts]\nabsl-tool = absl.cli:main\n",
     )
-    install(installed, "other", {"other/__init__.py": "", "shared.py": "X = 1\n"}, requires=("speed ; extra == 'fast'",))
+    install(
+        installed,
+        "other",
+        {"other/__init__.py": "", "shared.py": "X = 1\n"},
+        requires=("speed ; extra == 'fast'",),
+    )
     install(installed, "speed", {"speed.py": "", "broken.py": "def ("})
     install(installed, "tool", {"tool.py": ""})
-    install(installed, "torch", {"torch/__init__.py": "", "torch/BUILD.bazel": ""}, requires=("triton", "nvidia-cublas", "speed"))
+    install(
+        installed,
+        "torch",
+        {"torch/__init__.py": "", "torch/BUILD.bazel": ""},
+        requires=("triton", "nvidia-cublas", "speed"),
+    )
     install(installed, "triton", {"triton/tests/test_a.py": ""}, requires=("torch", "tool"))
     install(installed, "nvidia-cublas", {"nvidia/lib/libcublas.so": ""})
     # The splitter takes `packaging` from the folder that it splits.
@@ -51,7 +72,9 @@ def split(tmp_path):
 
 def deps(out: pathlib.Path, package: str) -> list[str]:
     """The deps in a package's BUILD file."""
-    lines = (out / package / "BUILD.bazel").read_text().split("deps = [")[1].split("]")[0].split("\n")
+    lines = (
+        (out / package / "BUILD.bazel").read_text().split("deps = [")[1].split("]")[0].split("\n")
+    )
     return [line.strip(' ",') for line in lines if line.strip()]
 
 
@@ -79,9 +102,12 @@ def test_bazel_files_of_wheels_are_dropped(split):
 
 
 def test_deps_are_the_requirements_that_apply(split):
-    assert deps(split, "absl_py") == ["//other"]  # not: the uninstalled, another Python's, an extra nobody asks for
-    assert deps(split, "other") == ["//speed"]  # the extra that absl asks for
-    assert deps(split, "torch") == ["//speed", "//tool"]  # those of triton too, and no cycle
+    # Not: the uninstalled one, another Python's, an extra that nobody asks for.
+    assert deps(split, "absl_py") == ["//:isolation", "//other"]
+    # The extra that absl asks for.
+    assert deps(split, "other") == ["//:isolation", "//speed"]
+    # Those of triton too, and no cycle.
+    assert deps(split, "torch") == ["//:isolation", "//speed", "//tool"]
 
 
 def test_console_scripts_become_programs(split):
@@ -99,3 +125,19 @@ def test_modules_are_compiled_by_hash(split):
     assert str(split).encode() not in code
     assert not compiled(split / "speed/site/broken.py").exists()
     assert not compiled(split / "torch/site/triton/tests/test_a.py").exists()
+
+
+def test_packages_of_the_interpreter_are_hidden(tmp_path):
+    """What is on PYTHONPATH and the standard library stay, in child processes too."""
+    (tmp_path / "wanted.py").write_text("")
+    environment = {"PYTHONPATH": f"{tmp_path}:{pathlib.Path(split_site.__file__).parent}"}
+    print_path = "import sys, wanted, json; print(*sys.path[1:], sep='\\n')"
+    run = subprocess.run(
+        [sys.executable, "-c", print_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(tmp_path) in run.stdout
+    assert "-packages" not in run.stdout

@@ -10,14 +10,15 @@ import sys
 import sysconfig
 
 include = sysconfig.get_path("include")
-# Debian's pyconfig.h includes <x86_64-linux-gnu/python3.11/pyconfig.h>, which lies beside the headers' folder.
+# Debian's pyconfig.h includes <x86_64-linux-gnu/python3.11/pyconfig.h>, which lies beside the
+# folder of the other headers.
 platform_include = os.path.join(
     os.path.dirname(include), sysconfig.get_config_var("MULTIARCH") or "", os.path.basename(include)
 )
 print(
     json.dumps(
         {
-            "version": "%d.%d" % sys.version_info[:2],
+            "version": ".".join(map(str, sys.version_info[:2])),
             "implementation": sys.implementation.name,
             "interpreter": sys.executable,  # behind pyenv's shims; a virtual environment's own
             "include": include if os.path.exists(os.path.join(include, "Python.h")) else "",
