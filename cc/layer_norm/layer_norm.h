@@ -39,7 +39,7 @@ namespace flashtrain {
 // - Pointers are memory of the op's device. "null: ..." says what a null pointer means; a pointer
 //   without it must not be null unless rows is 0. Any alignment of at least the dtype's size works.
 // - [rows, cols] tensors have unit column stride and the given row stride, in elements,
-//   with |stride| >= cols. Other tensors are contiguous.
+//   stride >= cols (any where rows is 1). Other tensors are contiguous.
 // - Outputs overlap neither inputs nor each other.
 // - A dtype field is read only where a pointer of that dtype is given.
 

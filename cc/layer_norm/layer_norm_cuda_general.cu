@@ -1,0 +1,205 @@
+// CUDA kernels for any shape, stride, alignment and dtypes, and the sum of the weight gradients'
+// partials. One CTA per row, one element per access, dtypes chosen at run time: right first; rows
+// are read up to three times, mostly from the caches.
+#include "flashtrain/layer_norm/layer_norm_kernel.cuh"
+
+namespace flashtrain {
+namespace {
+
+constexpr int kWarps = WarpGroup::kMaxWarps;
+constexpr int kThreads = 32 * kWarps;
+
+// rowscale * keep of one element.
+template <typename Params>
+__device__ float ElementScale(const DeviceScales<Params>& scales, float rowscale, int64_t row,
+                              int64_t col, bool* kept) {
+  *kept = true;
+  if (scales.p.dropout_p == 0.0f) return rowscale;
+  const Philox4 random =
+      PhiloxBlock(scales.seed, scales.offset, row, static_cast<uint32_t>(col / 4));
+  const int word = static_cast<int>(col % 4);
+  const uint32_t bits = word == 0   ? random.word[0]
+                        : word == 1 ? random.word[1]
+                        : word == 2 ? random.word[2]
+                                    : random.word[3];
+  *kept = bits >= scales.threshold;
+  return rowscale * (*kept ? scales.keep_scale : 0.0f);
+}
+
+__device__ float ElementX(const LayerNormForwardParams& p,
+                          const DeviceScales<LayerNormForwardParams>& scales, float rowscale,
+                          int64_t row, int64_t col, bool* kept) {
+  float x = LoadScalar(p.x0, p.x0_dtype, row * p.x0_row_stride + col);
+  x *= ElementScale(scales, rowscale, row, col, kept);
+  if (p.layerscale != nullptr) x *= LoadScalar(p.layerscale, p.weight_dtype, col);
+  if (p.residual != nullptr) {
+    x += LoadScalar(p.residual, p.x_dtype, row * p.residual_row_stride + col);
+  }
+  return x;
+}
+
+template <typename Params>
+__device__ float ElementWeight(const Params& p, int64_t col) {
+  if (p.weight == nullptr) return 1.0f;
+  return LoadScalar(p.weight, p.weight_dtype, col) + (p.zero_centered_weight ? 1.0f : 0.0f);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    layer_norm_forward_general_kernel(const __grid_constant__ LayerNormForwardParams p) {
+  __shared__ float shared[2][kWarps];
+  const WarpGroup group(kWarps);
+  const DeviceScales<LayerNormForwardParams> scales(p);
+  const float cols = static_cast<float>(p.cols);
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const float rowscale = scales.RowScale(row);
+    bool kept;
+    float sum = 0.0f;
+    for (int64_t col = group.thread; col < p.cols; col += kThreads) {
+      const float x = ElementX(p, scales, rowscale, row, col, &kept);
+      sum += x;
+      if (p.x != nullptr) StoreScalar(x, p.x, p.x_dtype, row * p.x_row_stride + col);
+      if (p.dropout_mask != nullptr) p.dropout_mask[row * p.cols + col] = kept;
+    }
+    sum = group.Sum(sum, shared[0]);
+    const float mean = p.is_rms_norm ? 0.0f : sum / cols;
+    float squares = 0.0f;
+    for (int64_t col = group.thread; col < p.cols; col += kThreads) {
+      const float centered = ElementX(p, scales, rowscale, row, col, &kept) - mean;
+      squares += centered * centered;
+    }
+    const float rstd = rsqrtf(group.Sum(squares, shared[1]) / cols + p.epsilon);
+    if (group.thread == 0) {
+      if (p.mean != nullptr) p.mean[row] = mean;
+      if (p.rstd != nullptr) p.rstd[row] = rstd;
+    }
+    for (int64_t col = group.thread; col < p.cols; col += kThreads) {
+      const float x = ElementX(p, scales, rowscale, row, col, &kept);
+      float z = (x - mean) * rstd * ElementWeight(p, col);
+      if (p.bias != nullptr) z += LoadScalar(p.bias, p.weight_dtype, col);
+      StoreScalar(z, p.z, p.z_dtype, row * p.z_row_stride + col);
+    }
+  }
+}
+
+// A CTA's partial of one gradient in global memory; a column belongs to one thread.
+struct Partial {
+  float* base;  // [cols]; null: not wanted
+  bool first;   // the CTA's first row: nothing to add to
+
+  __device__ void Add(int64_t col, float value) const {
+    if (base != nullptr) base[col] = first ? value : base[col] + value;
+  }
+};
+
+__global__ void __launch_bounds__(kThreads)
+    layer_norm_backward_general_kernel(const __grid_constant__ LayerNormBackwardParams p) {
+  __shared__ float2 shared[2][kWarps];
+  const WarpGroup group(kWarps);
+  const DeviceScales<LayerNormBackwardParams> scales(p);
+  const float cols = static_cast<float>(p.cols);
+  const int num_grads = (p.dweight != nullptr) + (p.dbias != nullptr) + (p.dlayerscale != nullptr);
+  float* next =
+      static_cast<float*>(p.workspace) + static_cast<int64_t>(blockIdx.x) * num_grads * p.cols;
+  const auto take = [&](const void* grad) {
+    float* base = grad == nullptr ? nullptr : next;
+    if (grad != nullptr) next += p.cols;
+    return Partial{base, true};
+  };
+  Partial dweight = take(p.dweight), dbias = take(p.dbias), dlayerscale = take(p.dlayerscale);
+  int buffer = 0;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, buffer ^= 1) {
+    const float mean = p.is_rms_norm ? 0.0f : p.mean[row];
+    const float rstd = p.rstd[row];
+    const float rowscale = scales.RowScale(row);
+    float2 sums = make_float2(0.0f, 0.0f);
+    for (int64_t col = group.thread; col < p.cols; col += kThreads) {
+      const float dz = LoadScalar(p.dz, p.z_dtype, row * p.dz_row_stride + col);
+      const float x = LoadScalar(p.x, p.x_dtype, row * p.x_row_stride + col);
+      const float wdz = dz * ElementWeight(p, col);
+      sums.x += (x - mean) * rstd * wdz;
+      sums.y += wdz;
+    }
+    sums = group.Sum2(sums, shared[buffer]);
+    const float c1 = sums.x / cols, c2 = p.is_rms_norm ? 0.0f : sums.y / cols;
+    for (int64_t col = group.thread; col < p.cols; col += kThreads) {
+      const float dz = LoadScalar(p.dz, p.z_dtype, row * p.dz_row_stride + col);
+      const float x = LoadScalar(p.x, p.x_dtype, row * p.x_row_stride + col);
+      const float xhat = (x - mean) * rstd;
+      float g = rstd * (dz * ElementWeight(p, col) - c2 - xhat * c1);
+      if (p.dx != nullptr) g += LoadScalar(p.dx, p.x_dtype, row * p.dx_row_stride + col);
+      dweight.Add(col, dz * xhat);
+      dbias.Add(col, dz);
+      if (p.dresidual != nullptr) {
+        StoreScalar(g, p.dresidual, p.x_dtype, row * p.dresidual_row_stride + col);
+      }
+      bool kept;
+      g *= ElementScale(scales, rowscale, row, col, &kept);
+      if (p.dlayerscale != nullptr) {
+        dlayerscale.Add(col, g * LoadScalar(p.x0, p.x0_dtype, row * p.x0_row_stride + col));
+      }
+      if (p.layerscale != nullptr) g *= LoadScalar(p.layerscale, p.weight_dtype, col);
+      if (p.dx0 != nullptr) StoreScalar(g, p.dx0, p.x0_dtype, row * p.dx0_row_stride + col);
+    }
+    dweight.first = dbias.first = dlayerscale.first = false;
+  }
+}
+
+constexpr int kReduceCols = 32, kReduceRows = 32;
+
+struct ReduceTargets {
+  void* grad[3];
+};
+
+// grad[blockIdx.y][col] = the sum over partials[0 ... ctas)[blockIdx.y][col].
+__global__ void __launch_bounds__(kReduceCols* kReduceRows)
+    layer_norm_reduce_kernel(const float* __restrict__ partials, int ctas, int64_t cols,
+                             const __grid_constant__ ReduceTargets targets, DType dtype) {
+  __shared__ float shared[kReduceRows][kReduceCols + 1];
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * kReduceCols + threadIdx.x;
+  const int64_t stride = gridDim.y * cols;
+  float sum = 0.0f;
+  if (col < cols) {
+    const float* partial = partials + blockIdx.y * cols + col;
+#pragma unroll 4
+    for (int i = threadIdx.y; i < ctas; i += kReduceRows) sum += partial[i * stride];
+  }
+  shared[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  // Transposed: a warp adds up one column.
+  sum = WarpSum(shared[threadIdx.x][threadIdx.y]);
+  const int64_t sum_col = static_cast<int64_t>(blockIdx.x) * kReduceCols + threadIdx.y;
+  if (threadIdx.x == 0 && sum_col < cols) {
+    void* grad = blockIdx.y == 0   ? targets.grad[0]
+                 : blockIdx.y == 1 ? targets.grad[1]
+                                   : targets.grad[2];
+    StoreScalar(sum, grad, dtype, sum_col);
+  }
+}
+
+}  // namespace
+
+int LaunchLayerNormForwardGeneral(const LayerNormForwardParams& p, int ctas, void* stream) {
+  layer_norm_forward_general_kernel<<<ctas, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  return cudaGetLastError();
+}
+
+int LaunchLayerNormBackwardGeneral(const LayerNormBackwardParams& p, int ctas, void* stream) {
+  layer_norm_backward_general_kernel<<<ctas, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  return cudaGetLastError();
+}
+
+int LaunchLayerNormReduce(const LayerNormBackwardParams& p, int ctas, void* stream) {
+  ReduceTargets targets = {};
+  int num_grads = 0;
+  for (void* grad : {p.dweight, p.dbias, p.dlayerscale}) {
+    if (grad != nullptr) targets.grad[num_grads++] = grad;
+  }
+  if (num_grads == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>((p.cols + kReduceCols - 1) / kReduceCols), num_grads);
+  layer_norm_reduce_kernel<<<grid, dim3(kReduceCols, kReduceRows), 0,
+                             static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const float*>(p.workspace), ctas, p.cols, targets, p.weight_dtype);
+  return cudaGetLastError();
+}
+
+}  // namespace flashtrain

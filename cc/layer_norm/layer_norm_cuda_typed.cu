@@ -1,0 +1,67 @@
+// The vectorised kernels of one dtype pair, compiled once per pair:
+// FLASHTRAIN_A and FLASHTRAIN_B are the C++ types, FLASHTRAIN_PAIR the name of the table.
+#include <atomic>
+
+#include "flashtrain/layer_norm/layer_norm_kernel.cuh"
+
+namespace flashtrain {
+namespace {
+
+using A = FLASHTRAIN_A;  // x0, dz
+using B = FLASHTRAIN_B;  // residual, x, dx, dresidual
+
+// More than 48 KiB of dynamic shared memory has to be allowed, once per kernel and device.
+template <auto kKernel>
+cudaError_t AllowSharedMemory(int bytes) {
+  constexpr int kDefaultBytes = 48 * 1024, kMaxDevices = 64;
+  if (bytes <= kDefaultBytes) return cudaSuccess;
+  static std::atomic<int> allowed[kMaxDevices];
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (device < kMaxDevices && allowed[device].load() >= bytes) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && device < kMaxDevices) allowed[device].store(bytes);
+  return error;
+}
+
+template <auto kKernel, typename Params>
+int Launch(const Params& p, const LayerNormTile& tile, void* stream) {
+  const cudaError_t error = AllowSharedMemory<kKernel>(tile.shared_bytes);
+  if (error != cudaSuccess) return error;
+  const int threads = 32 * tile.warps * tile.groups;
+  kKernel<<<tile.ctas, threads, tile.shared_bytes, static_cast<cudaStream_t>(stream)>>>(p, tile);
+  return cudaGetLastError();
+}
+
+int Forward(const LayerNormForwardParams& p, const LayerNormTile& tile, void* stream) {
+  switch (tile.vecs) {
+    case 1:
+      return Launch<layer_norm_forward_kernel<A, B, 1>>(p, tile, stream);
+    case 2:
+      return Launch<layer_norm_forward_kernel<A, B, 2>>(p, tile, stream);
+    case 4:
+      return Launch<layer_norm_forward_kernel<A, B, 4>>(p, tile, stream);
+    default:
+      return cudaErrorInvalidConfiguration;
+  }
+}
+
+int Backward(const LayerNormBackwardParams& p, const LayerNormTile& tile, void* stream) {
+  switch (tile.vecs) {
+    case 1:
+      return Launch<layer_norm_backward_kernel<A, B, 1>>(p, tile, stream);
+    case 2:
+      return Launch<layer_norm_backward_kernel<A, B, 2>>(p, tile, stream);
+    case 4:
+      return Launch<layer_norm_backward_kernel<A, B, 4>>(p, tile, stream);
+    default:
+      return cudaErrorInvalidConfiguration;
+  }
+}
+
+}  // namespace
+
+const LayerNormCudaKernels FLASHTRAIN_PAIR = {VecElements<A, B>(), Forward, Backward};
+
+}  // namespace flashtrain
