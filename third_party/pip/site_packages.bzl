@@ -16,32 +16,28 @@ _MISSING_BUILD = """load("@rules_python//python:defs.bzl", "py_library")
 
 py_library(
     name = "{name}",
-    tags = ["missing-from-site-packages"],
-    target_compatible_with = ["@platforms//:incompatible"],
+    target_compatible_with = ["//:not_installed"],
     visibility = ["//visibility:public"],
 )
 """
 
-# The interpreter looks into its own site-packages anyway.
-_OWN_SITE = """load("@rules_python//python:defs.bzl", "py_library")
+# No platform has this property. (@platforms//:incompatible is newer than Bazel 4.)
+# With a folder of its own, "data" and "imports" name it; the interpreter's own packages are found without.
+_ROOT_BUILD = """load("@rules_python//python:defs.bzl", "py_library")
 
-py_library(
-    name = "site_packages",
-    data = ["versions.json"],
-    visibility = ["//visibility:public"],
+package(default_visibility = ["//visibility:public"])
+
+constraint_setting(name = "installation")
+
+constraint_value(
+    name = "not_installed",
+    constraint_setting = ":installation",
 )
-"""
-
-_OTHER_SITE = """load("@rules_python//python:defs.bzl", "py_library")
 
 py_library(
     name = "site_packages",
-    data = [
-        "site",
-        "versions.json",
-    ],
-    imports = ["site"],
-    visibility = ["//visibility:public"],
+    data = ["versions.json"] + {site},
+    imports = {site},
 )
 """
 
@@ -93,7 +89,7 @@ def use_site_packages(rctx, python, wanted, requirements_in, lock):
     if folder:
         rctx.symlink(folder, "site")
     rctx.file("versions.json", result.stdout)
-    rctx.file("BUILD.bazel", _OTHER_SITE if folder else _OWN_SITE)
+    rctx.file("BUILD.bazel", _ROOT_BUILD.format(site = "[\"site\"]" if folder else "[]"))
     for name in names:
         build = _MISSING_BUILD if name in missing else _BUILD
         rctx.file(name + "/BUILD.bazel", build.format(name = name))
