@@ -151,7 +151,7 @@ def test_sources_without_prepared_data_say_where_they_looked(tmp_path, monkeypat
     assert str(tmp_path / "openwebtext" / "manifest.json") in text
     assert "--config.data.path" in text
     assert "\n" not in text
-    with pytest.raises(DataError, match=r"'openwebtxt' is unknown; supported: shakespeare, openw"):
+    with pytest.raises(DataError, match=r"'openwebtxt' is unknown; did you mean 'openwebtext'"):
         load_dataset(source="openwebtxt", seq_len=8, seed=0)
     with pytest.raises(DataError, match=r"neither data\.path nor data\.source"):
         load_dataset(seq_len=8, seed=0)

@@ -9,6 +9,7 @@ from flashtrain.data.errors import DataError
 from flashtrain.data.paths import cache_dir, user_path
 from flashtrain.data.shakespeare import prepare_shakespeare
 from flashtrain.data.token_files import MANIFEST
+from flashtrain.errors import did_you_mean
 
 # Sources that training prepares by itself.
 _PREPARE: dict[str, Callable[[Path], None]] = {"shakespeare": prepare_shakespeare}
@@ -34,10 +35,9 @@ def prepare(source: str) -> Path:
                 " set DATA_DIR to the folder above it, or --config.data.path to any prepared folder"
             )
         return folder
-    supported = ", ".join([*_PREPARE, *_PREPARED_ONLY])
     raise DataError(
-        f"data.source={source!r} is unknown; supported: {supported}, or set --config.data.path to a"
-        " prepared folder"
+        f"data.source={source!r} is unknown; {did_you_mean(source, [*_PREPARE, *_PREPARED_ONLY])}"
+        " (or set --config.data.path to a prepared folder)"
     )
 
 

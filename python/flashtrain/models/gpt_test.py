@@ -332,7 +332,7 @@ def test_generate_leaves_the_mode_as_it_was():
         ({"num_heads": 5}, "d_model=24 is not a multiple of model.num_heads=5"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"resid_dropout": 1.0}, r"resid_dropout=1.0 must be in \[0, 1\)"),
-        ({"activation": "swish"}, "activation='swish' is unknown; supported: gelu, gelu_approx"),
+        ({"activation": "swish"}, "activation='swish' is unknown; valid: gelu, gelu_approx"),
     ],
 )
 def test_unusable_configs_are_refused(overrides, message):

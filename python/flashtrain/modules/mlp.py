@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashtrain.errors import did_you_mean
+
 
 def _gelu_approx(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
@@ -36,8 +38,9 @@ class Mlp(nn.Module):
     def __init__(self, d_model: int, d_ff: int, *, activation: str = "gelu_approx"):
         super().__init__()
         if activation not in ACTIVATIONS:
-            supported = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation={activation!r} is unknown; supported: {supported}")
+            raise ValueError(
+                f"activation={activation!r} is unknown; {did_you_mean(activation, ACTIVATIONS)}"
+            )
         self.activation = activation
         self.fc1 = nn.Linear(d_model, d_ff)
         self.fc2 = nn.Linear(d_ff, d_model)

@@ -101,6 +101,8 @@ def test_mlp_is_its_formula(activation, function):
 def test_mlp_names_the_activations_it_has():
     with pytest.raises(ValueError, match=", ".join(ACTIVATIONS)):
         Mlp(6, 24, activation="swish")
+    with pytest.raises(ValueError, match="did you mean 'gelu_approx'"):
+        Mlp(6, 24, activation="gelu_aprox")
 
 
 def test_embedding_adds_tokens_and_positions():
