@@ -88,7 +88,7 @@ def parse(
 
 def help_text(program: str, values: flags.FlagValues, default_config: str) -> str:
     """The flags of a program, shortly."""
-    recipes = ", ".join(f"configs/{path.name}" for path in _recipes())
+    recipes = ", ".join(f"configs/{path.name}" for path in recipes())
     rows = [
         ("--config=<file>[:<variant>]", f"the recipe (default: {default_config})"),
         ("--config.<section>.<key>=<value>", "change one key of it; --print_config shows them all"),
@@ -99,6 +99,12 @@ def help_text(program: str, values: flags.FlagValues, default_config: str) -> st
             rows.append((f"--{name}" if flag.boolean else f"--{name}=<value>", flag.help))
     lines = [f"  {flag:<34} {text}" for flag, text in rows]
     return "\n".join([f"usage: {program} [flags]", "", *lines, "", f"recipes: {recipes}"])
+
+
+def recipes() -> list[Path]:
+    """The recipes that come with this package."""
+    files = sorted((_EXPERIMENTS / "configs").glob("*.py"))
+    return [path for path in files if "\ndef get_config(" in path.read_text(encoding="utf-8")]
 
 
 def format_config(config: Mapping[str, Mapping[str, Any]]) -> str:
@@ -127,11 +133,6 @@ def _split_off_recipe(argv: Sequence[str], default: str) -> tuple[str, list[str]
     return recipe, rest
 
 
-def _recipes() -> list[Path]:
-    files = sorted((_EXPERIMENTS / "configs").glob("*.py"))
-    return [path for path in files if "\ndef get_config(" in path.read_text(encoding="utf-8")]
-
-
 def _find(recipe: str) -> tuple[Path, str | None]:
     """The file and the argument of `file[.py][:argument]`, relative to here or to this package."""
     name, colon, argument = recipe.partition(":")
@@ -140,7 +141,7 @@ def _find(recipe: str) -> tuple[Path, str | None]:
             path = folder / Path(name + suffix).expanduser()
             if path.suffix == ".py" and path.is_file():
                 return path, argument if colon else None
-    known = {f"configs/{path.name}": path for path in _recipes()}
+    known = {f"configs/{path.name}": path for path in recipes()}
     by_stem = {path.stem: shown for shown, path in known.items()}
     stem = Path(name).name.removesuffix(".py")
     suggestion = did_you_mean(stem, by_stem)
@@ -162,7 +163,7 @@ def _load(path: Path, argument: str | None) -> Mapping[str, Any]:
     except (OSError, SyntaxError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from error
     if not hasattr(module, "get_config"):
-        shown = ", ".join(f"configs/{p.name}" for p in _recipes())
+        shown = ", ".join(f"configs/{p.name}" for p in recipes())
         raise UserError(f"config file {path} has no function get_config; recipes: {shown}")
     try:
         return module.get_config() if argument is None else module.get_config(argument)

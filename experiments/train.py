@@ -13,10 +13,28 @@ from pathlib import Path
 
 from absl import flags
 from flashtrain.train import launcher
+from flashtrain.train.config import OptimConfig, RunConfig, TrainerConfig
+from flashtrain.train.run_folder import default_workdir
 
 from experiments import command_line
 
 _DEFAULT_CONFIG = "configs/quickstart.py"
+
+
+def defaults() -> dict[str, dict[str, object]]:
+    """What a recipe may leave out."""
+    from flashtrain.models.gpt import GPTConfig  # here: torch takes seconds, and --help needs none
+
+    classes = {"model": GPTConfig, "optim": OptimConfig, "trainer": TrainerConfig}
+    sections = {
+        section: {
+            field.name: field.default
+            for field in dataclasses.fields(cls)
+            if field.default is not dataclasses.MISSING
+        }
+        for section, cls in classes.items()
+    }
+    return sections | {"data": {"source": "", "path": "", "seed": 1111}}
 
 
 def _define_flags() -> flags.FlagValues:
@@ -40,22 +58,7 @@ def main() -> int:
         print(command_line.help_text("train", values, _DEFAULT_CONFIG))
         return 0
 
-    # Imported late: torch takes seconds, and --help needs none.
-    from flashtrain.models.gpt import GPTConfig
-    from flashtrain.train.config import OptimConfig, RunConfig, TrainerConfig
-    from flashtrain.train.run_folder import default_workdir
-
-    parsed = command_line.parse(
-        sys.argv,
-        _DEFAULT_CONFIG,
-        values,
-        defaults={
-            "model": _defaults(GPTConfig),
-            "data": {"source": "", "path": "", "seed": 1111},
-            "optim": _defaults(OptimConfig),
-            "trainer": _defaults(TrainerConfig),
-        },
-    )
+    parsed = command_line.parse(sys.argv, _DEFAULT_CONFIG, values, defaults())
     if values.print_config:
         print(command_line.format_config(parsed.config))
         return 0
@@ -70,14 +73,6 @@ def main() -> int:
 
     train(config, workdir, command=sys.argv)
     return 0
-
-
-def _defaults(cls: type) -> dict[str, object]:
-    return {
-        field.name: field.default
-        for field in dataclasses.fields(cls)
-        if field.default is not dataclasses.MISSING
-    }
 
 
 if __name__ == "__main__":

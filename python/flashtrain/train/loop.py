@@ -124,6 +124,10 @@ class Trainer:
             self.config, self.world, self.batch, model, self.optimizer, self.precision
         )
         progress = self.progress
+        # A signal may have cut off the validation of the step it saved.
+        if _is_due(progress.step, trainer.eval_every) and progress.val_step != progress.step:
+            self._validate()
+            self._leave_if_stopped()
         if progress.step < trainer.max_steps:
             batch = self._load_batch(progress.step)
         while progress.step < trainer.max_steps:
