@@ -57,8 +57,9 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 def load_named_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Restores what `named_state` gave. Raises KeyError or ValueError where it is another model's.
+    """Restores what `named_state` gave, whose tensors it may take over.
 
+    Raises KeyError or ValueError where the state is another model's.
     Hyperparameters stay those of `optimizer`: they come from the config, not from a checkpoint.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,61 @@
+import time
+
+import pytest
+import torch
+
+from flashtrain.train.meters import Stopwatch, peak_flops, peak_flops_by_name, peak_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peak_flops(name: str, teraflops: float | None) -> None:
+    found = peak_flops_by_name(name)
+    assert found == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+
+
+def test_cpu() -> None:
+    assert peak_flops(torch.device("cpu")) is None
+    before = peak_memory_bytes(torch.device("cpu"))
+    block = torch.ones(64 << 20)  # 256 MiB
+    after = peak_memory_bytes(torch.device("cpu"))
+    assert block.numel() and after >= max(before, 256 << 20)
+
+
+def test_stopwatch_counts_running_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    watch = Stopwatch(steps=2, seconds=10.0)
+    watch.step()  # not running
+    now = 107.0
+    watch.start()
+    for now in (108.0, 110.0):
+        watch.step()
+    watch.stop()
+    now = 150.0
+    assert (watch.steps, watch.seconds) == (4, 13.0)
+    assert watch.lap() == 1.5
+    assert watch.lap() is None
+    assert watch.seconds_per_step == 3.25
+    watch.start()
+    now = 151.0
+    watch.step()
+    assert watch.lap() == 1.0
+    assert watch.seconds_per_step == 14.0 / 5
+
+
+def test_stopwatch_without_steps() -> None:
+    assert Stopwatch().lap() is None
+    assert Stopwatch().seconds_per_step is None

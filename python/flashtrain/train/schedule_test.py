@@ -1,0 +1,55 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from flashtrain.train.config import OptimConfig
+from flashtrain.train.schedule import learning_rate
+
+OPTIM = OptimConfig(lr=2.0, min_lr=0.5, warmup_steps=4)
+
+
+def optim(schedule: str, **changes: float) -> OptimConfig:
+    return dataclasses.replace(OPTIM, schedule=schedule, **changes)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_warmup_is_linear_and_never_zero(schedule: str) -> None:
+    rates = [learning_rate(step, optim(schedule), max_steps=20) for step in range(4)]
+    assert rates == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_cosine_is_torchs() -> None:
+    """torch.optim.lr_scheduler.CosineAnnealingLR, which is written as a recurrence."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=16, eta_min=0.5)
+    for step in range(4, 20):
+        assert learning_rate(step, optim("cosine"), 20) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_linear_is_torchs() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=0.25, total_iters=16
+    )
+    for step in range(4, 20):
+        assert learning_rate(step, optim("linear"), 20) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("schedule", "end"), [("cosine", 0.5), ("linear", 0.5), ("constant", 2.0)])
+def test_stays_at_its_end(schedule: str, end: float) -> None:
+    for step in (20, 21, 1000):
+        assert learning_rate(step, optim(schedule), 20) == pytest.approx(end)
+
+
+def test_all_warmup_and_no_warmup() -> None:
+    assert learning_rate(3, optim("cosine", warmup_steps=4), max_steps=4) == 2.0
+    assert learning_rate(0, optim("cosine", warmup_steps=0), max_steps=4) == 2.0
+    assert learning_rate(2, optim("cosine", warmup_steps=0), max_steps=4) == pytest.approx(
+        0.5 + 1.5 * (1 + math.cos(math.pi / 2)) / 2
+    )
