@@ -33,7 +33,7 @@ def _check(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, x0:
         )
     if tensor.dtype != dtype and tensor.dtype != torch.float32:
         raise ValueError(f"{name}: got dtype {tensor.dtype}; supported: torch.float32 or {dtype}")
-    if tensor.get_device() != x0.get_device():
+    if tensor.device != x0.device:
         raise ValueError(f"{name}: is on {tensor.device}; supported: x0's device, {x0.device}")
 
 

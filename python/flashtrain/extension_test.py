@@ -1,0 +1,191 @@
+"""The extension module as a file and as an import: what it exports, needs and refuses."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from flashtrain import _kernels
+
+_SHT_DYNAMIC, _SHT_DYNSYM, _DT_NEEDED, _SHN_UNDEF = 6, 11, 1, 0
+
+
+class _Elf:
+    """What a 64-bit little-endian shared object imports and exports (System V ABI, chapter 4)."""
+
+    def __init__(self, path: str) -> None:
+        with open(path, "rb") as file:
+            self._image = file.read()
+        assert self._image[:6] == b"\x7fELF\x02\x01", "not a 64-bit little-endian ELF file"
+        (table,) = struct.unpack_from("<Q", self._image, 0x28)
+        size, count = struct.unpack_from("<HH", self._image, 0x3A)
+        # name, type, flags, address, offset, size, link, info, alignment, entry size
+        self._sections = [
+            struct.unpack_from("<IIQQQQIIQQ", self._image, table + i * size) for i in range(count)
+        ]
+
+    def _entries(self, section_type: int, layout: str) -> list[tuple[int, ...]]:
+        section = next(s for s in self._sections if s[1] == section_type)
+        self._strings = self._sections[section[6]][4]
+        data = self._image[section[4] : section[4] + section[5]]
+        return list(struct.iter_unpack(layout, data))
+
+    def _string(self, index: int) -> str:
+        start = self._strings + index
+        return self._image[start : self._image.index(b"\0", start)].decode()
+
+    def needed(self) -> list[str]:
+        """File names of the libraries that the loader must find."""
+        entries = self._entries(_SHT_DYNAMIC, "<QQ")
+        return [self._string(value) for tag, value in entries if tag == _DT_NEEDED]
+
+    def exported(self) -> list[str]:
+        """Symbols that are defined here and that others can bind to."""
+        # name, info, other, section, value, size
+        entries = self._entries(_SHT_DYNSYM, "<IBBHQQ")
+        return [self._string(e[0]) for e in entries if e[3] != _SHN_UNDEF and e[1] >> 4 != 0]
+
+
+def test_exports_only_its_init_symbol() -> None:
+    assert _Elf(_kernels.__file__).exported() == ["PyInit__kernels"]
+
+
+def test_needs_neither_torch_nor_cuda() -> None:
+    needed = _Elf(_kernels.__file__).needed()
+    assert needed, "a shared object without any dependency was not read rightly"
+    foreign = [
+        n for n in needed if any(s in n for s in ("torch", "c10", "cuda", "cublas", "cudnn"))
+    ]
+    assert foreign == []
+
+
+def _run_clean(program: str) -> str:
+    """Output of a new process that has this one's import path and sees no GPU."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_imports_and_computes_without_torch() -> None:
+    program = """
+import sys
+import numpy as np
+from flashtrain import _kernels
+x, z = np.array([[1.0, 2.0, 3.0, 6.0]], np.float32), np.full((1, 4), np.nan, np.float32)
+_kernels.layer_norm_forward(x, None, None, None, None, None, None, 0.0, 0.0, False, False,
+                            z, None, None, None, None, 0)
+assert "torch" not in sys.modules
+print(np.allclose(z, (x - 3) / np.sqrt(3.5)))
+"""
+    assert _run_clean(program) == "True"
+
+
+def test_import_of_the_package_is_light() -> None:
+    program = "import sys, flashtrain; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    assert _run_clean(program) == "False False"
+
+
+def _forward(x0: object, z: object, **changes: object) -> None:
+    arguments: dict[str, object] = dict.fromkeys(
+        ("residual", "weight", "bias", "rowscale", "layerscale", "rng_state", "x", "mean", "rstd")
+    )
+    arguments |= {
+        "x0": x0, "z": z, "dropout_p": 0.0, "epsilon": 1e-5, "is_rms_norm": False,
+        "zero_centered_weight": False, "dropout_mask": None, "stream": 0,
+    }  # fmt: skip
+    _kernels.layer_norm_forward(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda t: t, torch.utils.dlpack.to_dlpack, lambda t: t.__dlpack__(), lambda t: t.numpy()],
+    ids=["tensor", "capsule", "versioned_or_not_capsule", "numpy"],
+)
+def test_every_form_of_dlpack(form) -> None:
+    x, z = torch.randn(3, 5), torch.full((3, 5), float("nan"))
+    _forward(form(x), form(z))
+    torch.testing.assert_close(z, torch.nn.functional.layer_norm(x, (5,)))
+
+
+def test_takes_tensors_that_require_grad_and_leading_dimensions() -> None:
+    x, z = torch.randn(2, 3, 5, requires_grad=True), torch.full((2, 3, 5), float("nan"))
+    _forward(x, z)
+    torch.testing.assert_close(z, torch.nn.functional.layer_norm(x, (5,)).detach())
+
+
+def test_row_strides_are_followed() -> None:
+    x, z = torch.randn(2, 3, 9)[..., 2:7], torch.full((2, 3, 8), float("nan"))
+    _forward(x, z[..., :5])
+    torch.testing.assert_close(z[..., :5], torch.nn.functional.layer_norm(x, (5,)))
+    assert z[..., 5:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x0": 3}, TypeError, "x0: got int; supported: a tensor"),
+        ({"x0": torch.zeros(2, 4).double()}, ValueError, "x0: got dtype float64; supported: float"),
+        ({"x0": torch.zeros(2, 4).cfloat()}, ValueError, "x0: got dtype complex64; supported"),
+        ({"x0": torch.zeros(2, 4).long()}, ValueError, r"x0: got int64 \[2, 4\].*supported: dtype"),
+        ({"x0": torch.zeros(())}, ValueError, "x0: got float32 .*supported: at least one dimen"),
+        ({"x0": torch.zeros(4, 2).t()}, ValueError, "x0: got .*strides.*supported: adjacent"),
+        ({"x0": torch.zeros(2, 9, 4)[:, ::3]}, ValueError, "z: got .*supported: shape"),
+        ({"x0": torch.zeros(2, 0), "z": torch.zeros(2, 0)}, ValueError, "cols is 0"),
+        ({"z": None}, ValueError, "z"),
+        ({"z": torch.zeros(2, 5)}, ValueError, r"z: got .*\[2, 5\].*supported: shape \[2, 4\]"),
+        ({"residual": torch.zeros(4)}, ValueError, r"residual: got .*supported: shape \[2, 4\]"),
+        ({"residual": torch.zeros(2, 4).half(), "x": torch.zeros(2, 4)}, ValueError, "x: got"),
+        ({"weight": torch.zeros(5)}, ValueError, r"weight: got .*\[5\].*supported: shape \[4\]"),
+        ({"weight": torch.zeros(8)[::2]}, ValueError, "weight: got .*supported: a contiguous"),
+        (
+            {"weight": torch.zeros(4), "bias": torch.zeros(4).half()},
+            ValueError,
+            "bias: got float16 .*supported: dtype float32",
+        ),
+        ({"rstd": torch.zeros(2).half()}, ValueError, "rstd: got float16 .*supported: dtype float"),
+        ({"mean": torch.zeros(3)}, ValueError, r"mean: got .*supported: shape \[2\]"),
+        ({"rng_state": torch.zeros(2)}, ValueError, "rng_state: got float32 .*supported: dtype"),
+        ({"dropout_mask": torch.zeros(2, 4)}, ValueError, "dropout_mask: got .*dtype uint8"),
+        ({"dropout_p": 0.5}, ValueError, "rng_state"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p"),
+        ({"epsilon": -1.0}, ValueError, "epsilon"),
+    ],
+)
+def test_errors_name_the_argument(changes, error, message) -> None:
+    arguments = {"x0": torch.zeros(2, 4), "z": torch.zeros(2, 4)} | changes
+    with pytest.raises(error, match=message):
+        _forward(**arguments)
+
+
+def test_a_consumed_capsule_is_refused() -> None:
+    capsule = torch.utils.dlpack.to_dlpack(torch.zeros(2, 4))
+    torch.from_dlpack(capsule)
+    with pytest.raises(ValueError, match=r"x0: the DLPack capsule .*consumed"):
+        _forward(capsule, torch.zeros(2, 4))
+
+
+def test_strides_that_do_not_collapse_are_refused() -> None:
+    x0 = torch.zeros(2, 9, 4)[:, ::2]
+    with pytest.raises(ValueError, match=r"x0: got .*supported: one stride from row to row"):
+        _forward(x0, torch.zeros(2, 5, 4))
+
+
+def test_number_of_threads() -> None:
+    before = _kernels.get_num_threads()
+    _kernels.set_num_threads(1)
+    assert _kernels.get_num_threads() == 1
+    _kernels.set_num_threads(before)
+
+
+def test_numpy_views_keep_their_strides() -> None:
+    x, z = np.random.randn(6, 4).astype(np.float32)[::2], np.empty((3, 4), np.float32)
+    _forward(x, z)
+    expected = torch.nn.functional.layer_norm(torch.from_numpy(x.copy()), (4,))
+    np.testing.assert_allclose(z, expected.numpy(), atol=1e-6)
