@@ -80,7 +80,7 @@ def parse(
         raise UserError(_explain_value(str(error), values, config)) from None
     if len(positional) > 1:
         raise UserError(
-            f"unexpected argument {positional[1]!r}: flags are written --name=value; --help shows them"
+            f"unexpected argument {positional[1]!r}: flags are --name=value; --help shows them"
         )
     name = path.stem + (f"-{argument}" if argument else "").replace(",", "-")
     return CommandLine(name, config.to_dict(), values)
@@ -88,7 +88,7 @@ def parse(
 
 def help_text(program: str, values: flags.FlagValues, default_config: str) -> str:
     """The flags of a program, shortly."""
-    recipes = ", ".join(f"configs/{path.name}" for path in recipes())
+    shown = ", ".join(f"configs/{path.name}" for path in recipes())
     rows = [
         ("--config=<file>[:<variant>]", f"the recipe (default: {default_config})"),
         ("--config.<section>.<key>=<value>", "change one key of it; --print_config shows them all"),
@@ -98,7 +98,7 @@ def help_text(program: str, values: flags.FlagValues, default_config: str) -> st
         if name == flag.name:  # not a short name
             rows.append((f"--{name}" if flag.boolean else f"--{name}=<value>", flag.help))
     lines = [f"  {flag:<34} {text}" for flag, text in rows]
-    return "\n".join([f"usage: {program} [flags]", "", *lines, "", f"recipes: {recipes}"])
+    return "\n".join([f"usage: {program} [flags]", "", *lines, "", f"recipes: {shown}"])
 
 
 def recipes() -> list[Path]:
@@ -156,7 +156,8 @@ def _load(path: Path, argument: str | None) -> Mapping[str, Any]:
     if root not in sys.path:
         sys.path.append(root)  # recipes share code as experiments.configs.<module>
     spec = importlib.util.spec_from_file_location("recipe", path)
-    assert spec is not None and spec.loader is not None  # it is a .py file
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -206,7 +207,7 @@ def _check_overrides(arguments: Sequence[str], config: ml_collections.ConfigDict
 
 
 def _explain_value(message: str, values: flags.FlagValues, config: Any) -> str:
-    """absl's "flag --name=value: reason" in terms of what the flag takes; else the message itself."""
+    """Turns absl's "flag --name=value: reason" into what the flag takes; else gives the message."""
     match = re.match(r"flag --([\w.]+)=(.*?): ", message)
     if match is None:
         return message

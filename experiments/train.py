@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 from absl import flags
+
+from experiments import command_line
 from flashtrain.train import launcher
 from flashtrain.train.config import OptimConfig, RunConfig, TrainerConfig
 from flashtrain.train.run_folder import default_workdir
-
-from experiments import command_line
 
 _DEFAULT_CONFIG = "configs/quickstart.py"
 

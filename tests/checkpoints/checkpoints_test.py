@@ -1,4 +1,4 @@
-"""Checkpoints that were cut, altered, swapped or crafted: noticed, never trained on, never overwritten."""
+"""Checkpoints that were cut, altered, swapped or crafted: noticed and never trained on."""
 
 import hashlib
 import json

@@ -18,7 +18,7 @@ MISTAKES = [
     (["--confg=x"], "there is no flag --confg; did you mean '--config'?"),
     (["--wrkdir=x"], "there is no flag --wrkdir; did you mean '--workdir'?"),
     (["--print_config=maybe"], "--print_config=maybe is not true or false; use one such as"),
-    (["run"], "unexpected argument 'run': flags are written --name=value"),
+    (["run"], "unexpected argument 'run': flags are --name=value"),
     (["--config"], "--config needs a value, as in --config=configs/quickstart.py"),
     (
         ["--config=configs/gtp2s.py"],
@@ -107,7 +107,8 @@ def test_run_folder_without_permission(data: str, tmp_path: Path) -> None:
 def test_print_config_reads_back(tmp_path: Path) -> None:
     arguments = ["--config=configs/gpt3l.py:8k", "--config.optim.betas=(0.8,0.95)"]
     first = train_binary.run(*arguments, "--print_config", cwd=tmp_path)
-    assert first.returncode == 0 and first.stderr == ""
+    assert first.returncode == 0
+    assert first.stderr == ""
     printed = dict(line.split("=", 1) for line in first.stdout.splitlines())
     assert printed["--config.data.seq_len"] == "8192"
     assert printed["--config.optim.betas"] == "(0.8, 0.95)"
@@ -117,7 +118,8 @@ def test_print_config_reads_back(tmp_path: Path) -> None:
 
 def test_help_is_short(tmp_path: Path) -> None:
     result = train_binary.run("--help", cwd=tmp_path)
-    assert result.returncode == 0 and result.stderr == ""
+    assert result.returncode == 0
+    assert result.stderr == ""
     for word in ("--config", "--workdir", "--print_config", "configs/quickstart.py"):
         assert word in result.stdout
     assert len(result.stdout.splitlines()) < 20

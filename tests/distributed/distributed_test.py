@@ -32,9 +32,7 @@ def one(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def two(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    summary = train_binary.train(
-        *flags, "--config.trainer.devices=2", "--workdir=run", cwd=folder
-    )
+    summary = train_binary.train(*flags, "--config.trainer.devices=2", "--workdir=run", cwd=folder)
     assert summary["processes"] == 2
     return folder / "run"
 
@@ -66,7 +64,9 @@ def test_torchrun(flags: tuple[str, ...], two: Path, tmp_path: Path) -> None:
         [*torchrun, "--no_python", *train_binary.command(), *flags, "--workdir=run"],
         cwd=tmp_path,
         env=train_binary.environment(
-            PYTHONPATH=os.pathsep.join([*sys.path, train_binary.environment().get("PYTHONPATH", "")])
+            PYTHONPATH=os.pathsep.join(
+                [*sys.path, train_binary.environment().get("PYTHONPATH", "")]
+            )
         ),
         capture_output=True,
         text=True,
@@ -101,7 +101,8 @@ def test_signal_to_the_launcher_saves(flags: tuple[str, ...], two: Path, tmp_pat
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     output = (tmp_path / "output.txt").read_text()
-    assert output.count("stopped by a signal after step") == 1 and "Traceback" not in output
+    assert output.count("stopped by a signal after step") == 1
+    assert "Traceback" not in output
     assert train_binary.checkpoint_steps(tmp_path / "run")[-1] == max(
         train_binary.losses(tmp_path / "run")
     )

@@ -8,13 +8,13 @@ import pytest
 import torch
 import train_binary
 from absl import flags
+
+from experiments import command_line
+from experiments import train as program
 from flashtrain.errors import UserError
 from flashtrain.models.gpt import GPTConfig
 from flashtrain.train.config import RunConfig
 from flashtrain.train.loop import train
-
-from experiments import command_line
-from experiments import train as program
 
 TINY = (
     "--config.model.num_layers=1",

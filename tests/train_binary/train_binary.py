@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from flashtrain.data.token_files import write_token_files
 
 TIMEOUT_SECONDS = 240
@@ -80,7 +81,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def train(*arguments: str, cwd: Path, **env: str) -> dict[str, Any]:
-    """Runs the program, asserts that it ends well, and returns its summary: the last line of stdout."""
+    """Runs the program to a good end; returns its summary, the last line of stdout."""
     result = run(*arguments, cwd=cwd, **env)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -92,7 +93,8 @@ def error_line(*arguments: str, cwd: Path, **env: str) -> str:
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stdout == ""
     lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: "), result.stderr
     return lines[0].removeprefix("error: ")
 
 
@@ -137,7 +139,9 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 
 def checkpoint_steps(workdir: Path) -> Sequence[int]:
     """Steps of the checkpoints in a run folder, in order."""
-    return sorted(int(p.name.removeprefix("step_")) for p in (workdir / "checkpoints").glob("step_*"))
+    return sorted(
+        int(p.name.removeprefix("step_")) for p in (workdir / "checkpoints").glob("step_*")
+    )
 
 
 def _repository() -> Path:

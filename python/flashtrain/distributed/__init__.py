@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, where they compute, and the few collectives the trainer needs.
+"""The processes of a run: who they are, where they compute, and the few collectives they need.
 
 torch.distributed is the engine. A run of one process needs no process group and starts none, so the
 collectives here are plain identities for it.
@@ -57,7 +57,7 @@ def is_worker() -> bool:
 
 
 def resolve_device(device: str) -> str:
-    """"cuda" or "cpu" for "auto", "cuda" or "cpu". Raises UserError where "cuda" is asked in vain."""
+    """Turns a trainer.device into "cuda" or "cpu". Raises UserError where there is no "cuda"."""
     available = torch.cuda.device_count() > 0
     if device == "cuda" and not available:
         raise UserError(
@@ -75,7 +75,7 @@ def available_cores() -> int:
 
 
 def start(device_name: str) -> World:
-    """Joins the run's process group, if there is one, and takes this process's device and threads."""
+    """Joins the run's process group, if there is one; takes this process's device and threads."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

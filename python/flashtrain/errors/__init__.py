@@ -8,8 +8,8 @@ that line alone; every other exception is a defect and keeps its traceback.
 | 0         | done                                                                 |
 | 1         | a defect: the traceback tells where                                  |
 | 2         | `UserError`: a flag, a config, a path, a file or a machine           |
-| 3         | `TrainingDiverged`: the loss stayed non-finite                       |
-| 75        | `Interrupted`: state was saved, start again to go on (EX_TEMPFAIL)   |
+| 3         | `TrainingDivergedError`: the loss stayed non-finite                       |
+| 75        | `RunInterruptedError`: state was saved, start again to go on (EX_TEMPFAIL)   |
 """
 
 import difflib
@@ -22,13 +22,13 @@ class UserError(Exception):
     exit_code = 2
 
 
-class TrainingDiverged(UserError):
+class TrainingDivergedError(UserError):
     """The loss or the gradient was non-finite too many steps in a row."""
 
     exit_code = 3
 
 
-class Interrupted(UserError):
+class RunInterruptedError(UserError):
     """A signal asked the run to stop; its state was saved before it left."""
 
     exit_code = 75

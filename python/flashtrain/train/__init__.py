@@ -1,1 +1,1 @@
-"""The trainer: loop, optimizer, schedule, checkpoints, logging and the launcher of its processes."""
+"""The trainer: loop, optimizer, schedule, checkpoints, logs and the launcher of its processes."""

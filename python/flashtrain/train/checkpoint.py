@@ -6,14 +6,14 @@ A checkpoint is a folder `step_<number>` with
     manifest.json   format, step, config, versions, and size and SHA-256 of each file
 
 It is written beside its final place, fsynced, and renamed, so a process killed at any moment leaves
-either the whole checkpoint or a `.tmp-*` folder that the next `save` removes. A file that was cut or
-altered later no longer has its checksum and `newest` passes over it.
+either the whole checkpoint or a `.tmp-*` folder that the next `save` removes. A file that was cut
+or altered later no longer has its checksum and `newest` passes over it.
 
 torch.save rather than torch.distributed.checkpoint: the latter keeps its index as a pickle, which
-runs code when it is loaded, while `torch.load(weights_only=True)` does not. The format grows without
-it: state is keyed by parameter name, so it does not know ranks; the manifest lists any number of
-files, so each rank can add its own; and `save` takes a finished state, so a thread can call it on a
-copy.
+runs code when it is loaded, while `torch.load(weights_only=True)` does not. The format grows
+without it: state is keyed by parameter name, so it does not know ranks; the manifest lists any
+number of files, so each rank can add its own; and `save` takes a finished state, so a thread can
+call it on a copy.
 """
 
 import dataclasses
@@ -176,7 +176,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 class _HashingWriter:
-    """A binary file that computes the checksum of what it is given, before the disk can alter it."""
+    """A binary file that computes the checksum of what it is given, whatever the disk keeps."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file

@@ -23,7 +23,9 @@ def test_round_trip(tmp_path: Path) -> None:
     }
     checkpoint.save(tmp_path, 7, state, {"config": {"a": 1}}, keep=1)
     found = checkpoint.newest(tmp_path, never)
-    assert found is not None and found.step == 7 and found.manifest["config"] == {"a": 1}
+    assert found is not None
+    assert found.step == 7
+    assert found.manifest["config"] == {"a": 1}
     loaded = found.load()
     assert torch.equal(loaded.pop("tensor"), state.pop("tensor"))
     assert loaded == state
@@ -47,11 +49,13 @@ def test_unfinished_is_not_there_and_goes(tmp_path: Path) -> None:
     half.mkdir()
     (half / "state.pt").write_bytes(b"half")
     found = checkpoint.newest(tmp_path, never)
-    assert found is not None and found.step == 1
+    assert found is not None
+    assert found.step == 1
     save(tmp_path, 2)
     assert not half.exists()
     found = checkpoint.newest(tmp_path, never)
-    assert found is not None and torch.equal(found.load()["x"], torch.full((1000,), 2))
+    assert found is not None
+    assert torch.equal(found.load()["x"], torch.full((1000,), 2))
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
@@ -64,11 +68,14 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(altered)
         warnings: list[str] = []
         found = checkpoint.newest(tmp_path, warnings.append)
-        assert found is not None and found.step == 1
-        assert len(warnings) == 1 and "checksum" in warnings[0]
+        assert found is not None
+        assert found.step == 1
+        assert len(warnings) == 1
+        assert "checksum" in warnings[0]
     path.write_bytes(content)
     found = checkpoint.newest(tmp_path, never)
-    assert found is not None and found.step == 2
+    assert found is not None
+    assert found.step == 2
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"format": 1}', '{"format": "1"}', "null"])
@@ -77,7 +84,9 @@ def test_nonsense_manifest(manifest: str, tmp_path: Path) -> None:
     (save(tmp_path, 2) / "manifest.json").write_text(manifest)
     warnings: list[str] = []
     found = checkpoint.newest(tmp_path, warnings.append)
-    assert found is not None and found.step == 1 and len(warnings) == 1
+    assert found is not None
+    assert found.step == 1
+    assert len(warnings) == 1
 
 
 def test_renamed_checkpoint_is_damaged(tmp_path: Path) -> None:

@@ -37,12 +37,12 @@ RESUMABLE_KEYS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig:
-    """How long, on what and how carefully to train. 0 turns a `*_every` off, but for `log_every`."""
+    """How long, on what and how carefully to train."""
 
     max_steps: int = 1000  # optimizer steps
     global_batch_size: int = 16  # sequences per optimizer step, over all ranks
-    eval_every: int = 250  # steps between validations; the end of a run always validates
-    save_every: int = 250  # steps between checkpoints; the end of a run always saves
+    eval_every: int = 250  # steps between validations, 0: none; the end of a run always validates
+    save_every: int = 250  # steps between checkpoints, 0: none; the end of a run always saves
     keep_checkpoints: int = 2  # the newest ones kept
     log_every: int = 10  # steps between log lines
     device: str = "auto"  # "auto" (GPUs if there are any), "cpu" or "cuda"
@@ -81,7 +81,7 @@ class RunConfig:
 
     @classmethod
     def from_mapping(cls, name: str, config: Mapping[str, Mapping[str, Any]]) -> "RunConfig":
-        """Builds a run from nested sections. Raises UserError naming the first wrong key or value."""
+        """Builds a run from nested sections. Raises UserError on the first wrong key or value."""
         sections = ("model", "data", "optim", "trainer")
         for section in config:
             if section not in sections:
@@ -188,9 +188,9 @@ def _check(run: RunConfig) -> None:
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise UserError(f"config key optim.betas must lie in [0, 1), got {optim.betas}")
     for key in ("batch_size", "seq_len"):
-        value = run.data.get(key)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"config key data.{key} must be an integer of at least 1, got {value!r}")
+        size = run.data.get(key)
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"config key data.{key} must be an integer of at least 1, got {size!r}")
 
 
 def _choice(key: str, value: str, valid: tuple[str, ...]) -> None:

@@ -20,9 +20,9 @@ def test_defaults_and_json() -> None:
 
 def test_ints_stand_for_floats_but_not_bools() -> None:
     assert run_config(optim={"lr": 1}).optim.lr == 1.0
-    with pytest.raises(UserError, match="optim.lr must be float, got True"):
+    with pytest.raises(UserError, match=r"optim\.lr must be float, got True"):
         run_config(optim={"lr": True})
-    with pytest.raises(UserError, match="trainer.max_steps must be int, got 1.5"):
+    with pytest.raises(UserError, match=r"trainer\.max_steps must be int, got 1\.5"):
         run_config(trainer={"max_steps": 1.5})
 
 
@@ -64,7 +64,13 @@ def test_what_does_not_change_a_step_may_change() -> None:
 
 @pytest.mark.parametrize(
     ("total", "micro", "ranks", "expected"),
-    [(16, 4, 1, (4, 4)), (16, 4, 2, (4, 2)), (16, 16, 2, (8, 1)), (16, 64, 1, (16, 1)), (3, 1, 3, (1, 1))],
+    [
+        (16, 4, 1, (4, 4)),
+        (16, 4, 2, (4, 2)),
+        (16, 16, 2, (8, 1)),
+        (16, 64, 1, (16, 1)),
+        (3, 1, 3, (1, 1)),
+    ],
 )
 def test_global_batch_is_kept(total: int, micro: int, ranks: int, expected: tuple) -> None:
     config = run_config(trainer={"global_batch_size": total}, data={"batch_size": micro})
@@ -75,7 +81,7 @@ def test_global_batch_is_kept(total: int, micro: int, ranks: int, expected: tupl
 
 def test_uneven_batches_are_refused() -> None:
     config = run_config(trainer={"global_batch_size": 12}, data={"batch_size": 5})
-    with pytest.raises(UserError, match="data.batch_size that fit: 4 or 6; .*batch_size: 10 or 15"):
+    with pytest.raises(UserError, match=r"that fit: 4 or 6; .*batch_size: 10 or 15"):
         batch_sizes(config, 1)
     with pytest.raises(UserError, match="evenly by 5 processes; the nearest that can: 10 or 15"):
         batch_sizes(config, 5)

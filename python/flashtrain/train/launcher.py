@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashtrain.errors import Interrupted, UserError
+from flashtrain.errors import RunInterruptedError, UserError
 
 _LAUNCHED = "FLASHTRAIN_LAUNCHED"  # set in the processes that `launch` starts
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -64,7 +64,7 @@ def launch(processes: int, argv: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[_LAUNCHED] = "1"
-    # One node: rendezvous and gloo stay on the loopback interface, whatever the host name resolves to.
+    # One node: gloo stays on the loopback interface, whatever the host name resolves to.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory(prefix="flashtrain-launch-") as log_dir:
         config = LaunchConfig(
@@ -82,9 +82,9 @@ def launch(processes: int, argv: Sequence[str]) -> int:
         try:
             elastic_launch(config, sys.executable)(*argv)
         except ChildFailedError as error:
-            return _report_first_cause(error.failures)
+            return _report_first_cause(error.failures, Path(log_dir))
         except SignalException:
-            return Interrupted.exit_code  # the ranks have saved and said so
+            return RunInterruptedError.exit_code  # the ranks have saved and said so
     return 0
 
 
@@ -98,11 +98,11 @@ def run_main(main: Callable[[], int | None]) -> int:
         return main() or 0
     except KeyboardInterrupt:
         text, code = "interrupted before training began", 128 + signal.SIGINT
-    except Interrupted as error:
+    except RunInterruptedError as error:
         text, code = "", error.exit_code  # the run has said what it saved
     except UserError as error:
         text, code = f"error: {' '.join(str(error).split())}", error.exit_code
-    except Exception:  # noqa: BLE001  # a defect: its traceback is the message
+    except Exception:  # a defect: its traceback is the message
         text, code = traceback.format_exc().rstrip(), 1
     if launched:
         _write_error_file(text, code)
@@ -120,23 +120,39 @@ def _write_error_file(text: str, code: int) -> None:
         "time": now,
         "exit_code": code,
     }
-    Path(os.environ[_ERROR_FILE]).write_text(json.dumps(content), encoding="utf-8")
+    path = Path(os.environ[_ERROR_FILE])
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(path)
 
 
-def _report_first_cause(failures: dict[int, Any]) -> int:
-    """Prints why the first of the failed ranks failed; returns the exit code that belongs to it."""
+def _report_first_cause(failures: dict[int, Any], log_dir: Path) -> int:
+    """Prints why the run failed, which one rank knows; returns the exit code that belongs to it.
+
+    Args:
+        failures: the ranks that torch.distributed.elastic saw failing, each with its `exitcode`.
+        log_dir: holds the error files, `.../<local rank>/error.json`, also of ranks it did not see.
+    """
+    # A rank that was killed or has a user's error is what the other ranks have stumbled over.
+    silent, user_error, defect = range(3)
     causes = []
+    spoken = set()
+    for path in log_dir.rglob("error.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rank, code, text = (
+            int(path.parent.name),
+            content["exit_code"],
+            content["message"]["message"],
+        )
+        spoken.add(rank)
+        if code == 1:
+            causes.append((defect, content["time"], f"rank {rank} failed:\n{text}", code))
+        else:
+            causes.append((user_error, content["time"], text, code))
     for rank, failure in failures.items():
-        try:
-            content = json.loads(Path(failure.error_file).read_text(encoding="utf-8"))
-            text = content["message"]["message"]
-            if content["exit_code"] == 1:
-                text = f"rank {rank} failed:\n{text}"
-            causes.append((content["time"], text, content["exit_code"]))
-        except (OSError, ValueError, KeyError):
-            # It ended without a word, so it is what the others have stumbled over.
-            causes.append((0.0, _silent_death(rank, failure.exitcode), 1))
-    _, text, code = min(causes)
+        if rank not in spoken:
+            causes.append((silent, 0.0, _silent_death(rank, failure.exitcode), 1))
+    *_, text, code = min(causes)
     if text:
         print(text, file=sys.stderr, flush=True)
     return code

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flashtrain import distributed
 from flashtrain.distributed import World
-from flashtrain.errors import Interrupted, TrainingDiverged, UserError
+from flashtrain.errors import RunInterruptedError, TrainingDivergedError, UserError
 from flashtrain.train import checkpoint, meters, rng, state
 from flashtrain.train.build import batch_sizes, build_dataset, build_model
 from flashtrain.train.config import RunConfig
@@ -44,7 +44,7 @@ def train(config: RunConfig, workdir: Path | None, command: Sequence[str]) -> No
         command: the command line, for the log.
 
     Raises:
-        UserError: see flashtrain.errors; Interrupted and TrainingDiverged among them.
+        UserError: see flashtrain.errors; RunInterruptedError and TrainingDivergedError among them.
     """
     if config.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -61,16 +61,14 @@ def train(config: RunConfig, workdir: Path | None, command: Sequence[str]) -> No
             f"out of GPU memory with a micro batch of {config.data['batch_size']} sequences; lower "
             f"--config.data.batch_size, the global batch stays as it is ({error})"
         ) from error
-    finally:
-        distributed.stop()
+    # Not after an error: the others would fail for want of this rank before it has told its reason.
+    distributed.stop()
 
 
 class Trainer:
     """One run in one process."""
 
-    def __init__(
-        self, config: RunConfig, world: World, folder: RunFolder, command: Sequence[str]
-    ):
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder, command: Sequence[str]):
         self.config = config
         self.world = world
         self.folder = folder
@@ -146,7 +144,7 @@ class Trainer:
                 self.stopwatch.stop()
                 if validate and not self.stop:
                     self._validate()
-                if save or self.stop:
+                if (save and not progress.bad_in_a_row) or self.stop:
                     self._save()
                 self._leave_if_stopped()
                 if not last:
@@ -167,7 +165,7 @@ class Trainer:
         return tokens_BT, targets_BT
 
     def _record(self, stats: StepStats | None) -> None:
-        """Takes note of a step's numbers. Raises TrainingDiverged when too many were not finite."""
+        """Takes note of a step. Raises TrainingDivergedError when too many were not finite."""
         if stats is None:
             return
         trainer, scaler = self.config.trainer, self.precision.scaler
@@ -200,7 +198,7 @@ class Trainer:
     def _check_finite(self, stats: StepStats) -> None:
         progress = self.progress
         progress.skipped_steps += stats.skipped
-        # fp16 gradients overflow while the loss scale is searched for; that is no trouble of the loss.
+        # fp16 gradients overflow while the loss scale is searched for; the loss must not.
         searching = self.precision.scaler.is_enabled() and math.isfinite(stats.loss)
         if not stats.skipped or searching:
             progress.bad_in_a_row = 0
@@ -211,10 +209,11 @@ class Trainer:
             f"({progress.bad_in_a_row} in a row)"
         )
         if progress.bad_in_a_row >= self.config.trainer.max_bad_steps:
-            raise TrainingDiverged(
+            raise TrainingDivergedError(
                 f"loss or gradient was not finite {progress.bad_in_a_row} steps in a row, up to "
-                f"step {stats.step}; the last good checkpoint is kept in {self.folder.checkpoints}; "
-                "lower optim.lr, or use precision bf16 or fp32, in another --workdir"
+                f"step {stats.step}; the last good checkpoint is kept in "
+                f"{self.folder.checkpoints}: lower optim.lr, or use precision bf16 or fp32, in "
+                "another --workdir"
             )
 
     def _validate(self) -> None:
@@ -239,7 +238,10 @@ class Trainer:
         self.log.flush()
 
     def _write_sample(self) -> str:
-        trainer = self.config.trainer
+        """What the model writes now; nothing if that is not asked for or its loss is no number."""
+        trainer, loss = self.config.trainer, self.progress.val_loss
+        if not trainer.sample_tokens or loss is None or not math.isfinite(loss):
+            return ""
         return write_sample(
             self.model, self.dataset, self.precision, trainer.sample_tokens, trainer.seed
         )
@@ -257,9 +259,7 @@ class Trainer:
         )
         self.saved_step = self.progress.step
         self.wall_seconds_before = self.progress.wall_seconds
-        self.stopwatch = meters.Stopwatch(
-            self.progress.timed_steps, self.progress.timed_seconds
-        )
+        self.stopwatch = meters.Stopwatch(self.progress.timed_steps, self.progress.timed_seconds)
         if self.world.is_main:
             _say(f"continuing from step {self.progress.step} ({found.path})")
 
@@ -306,7 +306,7 @@ class Trainer:
                 f"stopped by a signal after step {self.progress.step}, which is saved; start again "
                 f"with --workdir={self.folder.path} to continue"
             )
-            raise Interrupted
+            raise RunInterruptedError
 
     def _log_start(self) -> None:
         step = self.progress.step
@@ -322,8 +322,8 @@ class Trainer:
 
     def _finish(self) -> None:
         """Prints a sample and the summary, and writes the latter."""
-        if self.config.trainer.sample_tokens:
-            sample = self._write_sample() if self.sample is None else self.sample
+        sample = self._write_sample() if self.sample is None else self.sample
+        if sample:
             print(f"--- generated text ---\n{sample}\n----------------------")
         progress = self.progress
         speed = self._tokens_per_second(self.stopwatch.seconds_per_step)

@@ -10,8 +10,8 @@ import torch
 
 import flashtrain
 
-# Dense bf16 (fp16) matmul peak in FLOP/s by a part of torch.cuda.get_device_name(), the most specific
-# first. From NVIDIA's data sheets, without sparsity.
+# Dense bf16 (fp16) matmul peak in FLOP/s by a part of torch.cuda.get_device_name(), the most
+# specific first. From NVIDIA's data sheets, without sparsity.
 _PEAK_FLOPS = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -45,7 +45,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_flops_by_name(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of a GPU by what torch.cuda.get_device_name says; None if not in the table."""
+    """Peak bf16 FLOP/s of a GPU by torch.cuda.get_device_name(); None if not in the table."""
     for part, flops in _PEAK_FLOPS:
         if part in device_name:
             return flops
@@ -73,7 +73,7 @@ def versions() -> dict[str, str | None]:
 
 @dataclasses.dataclass
 class Stopwatch:
-    """Time spent in training steps, without validation, checkpoints and the first step of a process.
+    """Time spent in training steps, without validation, saving and the first step of a process.
 
     It runs between `start` and `stop`; `lap` gives the part since the last lap.
     """

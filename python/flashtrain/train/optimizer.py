@@ -1,4 +1,4 @@
-"""AdamW with the recipes' parameter groups, steps that can be skipped on the device, named state."""
+"""AdamW with the recipes' parameter groups, steps that a device can skip, and named state."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW: one launch for all tensors, and the only one that can skip on the device."""
+    """torch's fused AdamW: one launch for all tensors, and it can skip a step on the device."""
     return torch.optim.AdamW(
         [g for g in parameter_groups(model, optim.weight_decay) if g["params"]],
         lr=optim.lr,
@@ -37,12 +37,12 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
     The host never learns which: fused optimizers read torch.amp.GradScaler's `found_inf` on the
     device and then leave weights, moments and step counts as they are.
     """
-    optimizer.grad_scale = None  # type: ignore[attr-defined]  # gradients are already unscaled
-    optimizer.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # gradients are already unscaled
+    optimizer.found_inf = skip.to(torch.float32)
     try:
         optimizer.step()
     finally:
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

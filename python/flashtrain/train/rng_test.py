@@ -21,7 +21,7 @@ def test_state_comes_back(tmp_path) -> None:
 
 
 def test_micro_batches_draw_differently_and_repeatably() -> None:
-    drawn = {}
+    drawn: dict[tuple[int, ...], tuple[float, ...]] = {}
     for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]:
         torch.rand(17)  # what came before does not matter
         rng.seed_micro_batch(*key)

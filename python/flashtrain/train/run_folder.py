@@ -1,9 +1,9 @@
 """The folder of a run: chosen, made, locked and never shared.
 
-    <workdir>/checkpoints/     see checkpoint.py
-    <workdir>/tensorboard/     event files
-    <workdir>/metrics.jsonl    the same scalars, one JSON object a line
-    <workdir>/summary.json     the outcome, when the run has ended
+<workdir>/checkpoints/     see checkpoint.py
+<workdir>/tensorboard/     event files
+<workdir>/metrics.jsonl    the same scalars, one JSON object a line
+<workdir>/summary.json     the outcome, when the run has ended
 """
 
 import fcntl

@@ -48,7 +48,11 @@ class RunLog:
             self._bar.update(step - self._bar.n)
 
     def step_line(
-        self, step: int, loss: float, tokens_per_second: float | None, seconds_per_step: float | None
+        self,
+        step: int,
+        loss: float,
+        tokens_per_second: float | None,
+        seconds_per_step: float | None,
     ) -> None:
         """The progress as a line, where there is no progress bar."""
         if self._bar is not None:
@@ -90,8 +94,6 @@ class RunLog:
         if self._enabled:
             self._writer.close()
             self._metrics.close()
-
-
 
 
 def finite_or_none(value: float | None) -> float | None:

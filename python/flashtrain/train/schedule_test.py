@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from flashtrain.train.schedule import learning_rate
 OPTIM = OptimConfig(lr=2.0, min_lr=0.5, warmup_steps=4)
 
 
-def optim(schedule: str, **changes: float) -> OptimConfig:
+def optim(schedule: str, **changes: Any) -> OptimConfig:
     return dataclasses.replace(OPTIM, schedule=schedule, **changes)
 
 

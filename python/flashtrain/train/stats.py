@@ -27,7 +27,7 @@ class DelayedStats:
         self._pending: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def push(self, step: int, values: torch.Tensor) -> StepStats | None:
-        """Takes step `step`'s numbers, a tensor [4] in the order of StepStats; gives the ones before."""
+        """Takes a step's numbers, [4] in the order of StepStats; gives those of the step before."""
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)

@@ -58,7 +58,7 @@ class TrainStep:
 
         Args:
             step: optimizer steps done before.
-            tokens_BT, targets_BT: int64 [B, T] on the device, this rank's share of the global batch.
+            tokens_BT, targets_BT: int64 [B, T] on the device, this rank's share of the batch.
             asked_to_stop: told to all ranks, so that they stop after the same step.
 
         Returns:

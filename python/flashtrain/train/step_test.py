@@ -25,10 +25,17 @@ def setup(precision: str, micro: int = 4, lr: float = 1e-2) -> tuple[GPT, TrainS
             "trainer": {"global_batch_size": 8, "precision": precision, "grad_clip": 0.5},
         },
     )
-    model = GPT(GPTConfig(vocab_size=64, num_layers=2, d_model=32, num_heads=2, max_seq_len=16, fused=False))
+    model = GPT(
+        GPTConfig(vocab_size=64, num_layers=2, d_model=32, num_heads=2, max_seq_len=16, fused=False)
+    )
     computed = Precision(precision, CPU)
     step = TrainStep(
-        config, WORLD, BatchSizes(micro, 8 // micro), model, build_optimizer(model, config.optim), computed
+        config,
+        WORLD,
+        BatchSizes(micro, 8 // micro),
+        model,
+        build_optimizer(model, config.optim),
+        computed,
     )
     return model, step, computed
 
@@ -43,7 +50,9 @@ def test_accumulates_clips_and_updates_as_autograd_does() -> None:
     reference, _, _ = setup("fp32")
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
     for number in range(3):
-        loss, grad_norm, skipped, stop = step(number, *batch(number), asked_to_stop=number == 2).tolist()
+        loss, grad_norm, skipped, stop = step(
+            number, *batch(number), asked_to_stop=number == 2
+        ).tolist()
         expected = reference(*batch(number))
         expected.backward()
         norm = torch.sqrt(sum((p.grad**2).sum() for p in reference.parameters()))
@@ -54,7 +63,9 @@ def test_accumulates_clips_and_updates_as_autograd_does() -> None:
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
         assert (skipped, stop) == (0, number == 2)
-    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+    for (name, parameter), other in zip(
+        model.named_parameters(), reference.parameters(), strict=True
+    ):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5, msg=name)
 
 
@@ -84,11 +95,15 @@ def test_non_finite_loss_skips_the_update(precision: str) -> None:
         model.norm.bias[0] = torch.nan
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     loss, _, skipped, _ = step(1, *batch(), asked_to_stop=False).tolist()
-    assert loss != loss and skipped == 1
+    assert loss != loss
+    assert skipped == 1
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.detach(), weights[name], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            parameter.detach(), weights[name], rtol=0, atol=0, equal_nan=True
+        )
     with torch.no_grad():
         model.norm.bias[0] = good
     loss, _, skipped, _ = step(2, *batch(), asked_to_stop=False).tolist()
-    assert loss == loss and skipped == 0
+    assert loss == loss
+    assert skipped == 0
     assert not torch.equal(model.norm.weight, weights["norm.weight"])
