@@ -4,29 +4,35 @@ load("//third_party/python:interpreter.bzl", "PYTHON_ENVIRON")
 load(":pip.bzl", "pip_install", "run_pip")
 load(":site_packages.bzl", "use_site_packages")
 
-_LOCKS = ["cpu", "cuda13"]
+_INSTALLED_SIZE = {
+    "cpu": "1.4 GB",
+    "cuda13": "5.1 GB",
+}
 
 def _has_nvidia_device(rctx):
     return rctx.path("/dev/nvidiactl").exists or rctx.path("/proc/driver/nvidia/version").exists
 
 def _pip_finds_cpu_torch(rctx, python, lock):
-    """Whether pip's configuration offers the CPU build of torch that the lock names (no package index has it by default)."""
-    torch = [line.split(" ")[0] for line in lock.split("\n") if line.startswith("torch=")][0]
-    args = ["install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--only-binary=:all:", "--target", "_probe"]
-    return run_pip(rctx, python, args + [torch]).return_code == 0
+    """Whether pip's configuration offers the very CPU build of torch that the lock names, which indexes do not by default."""
+    requirements = lock.replace("\\\n", "").split("\n")
+    rctx.file("_torch.txt", [line for line in requirements if line.startswith("torch=")][0])
+    args = ["install", "--dry-run", "--quiet", "--no-deps", "--require-hashes", "--ignore-installed", "--only-binary=:all:"]
+    result = run_pip(rctx, python, args + ["--target", "_torch", "--requirement", "_torch.txt"])
+    rctx.delete("_torch.txt")
+    return result.return_code == 0
 
 def _choose_lock(rctx, python):
     """The name of the lock and the reason for it."""
     wanted = rctx.os.environ.get("FLASHTRAIN_LOCK", "")
     if wanted:
-        if wanted not in _LOCKS:
-            fail("FLASHTRAIN_LOCK=%s: supported are %s, or nothing to choose by the machine" % (wanted, " and ".join(_LOCKS)))
+        if wanted not in _INSTALLED_SIZE:
+            fail("FLASHTRAIN_LOCK=%s: supported are %s, or nothing to choose by the machine" % (wanted, " and ".join(_INSTALLED_SIZE)))
         return wanted, "FLASHTRAIN_LOCK says so"
     if _has_nvidia_device(rctx):
         return "cuda13", "this machine has an NVIDIA device"
     if _pip_finds_cpu_torch(rctx, python, rctx.read(rctx.attr._requirements_cpu)):
         return "cpu", "no NVIDIA device, and pip finds torch's CPU build"
-    return "cuda13", "no NVIDIA device, but pip finds no CPU build of torch for this Python; CUDA's runs without a GPU too"
+    return "cuda13", "no NVIDIA device, but pip does not find the lock's CPU build of torch; CUDA's runs without a GPU too"
 
 def _pip_impl(rctx):
     info = json.decode(rctx.read(rctx.attr._interpreter))
@@ -39,17 +45,15 @@ def _pip_impl(rctx):
     site_packages = rctx.os.environ.get("FLASHTRAIN_SITE_PACKAGES", "")
     if site_packages and site_packages != "0":
         use_site_packages(rctx, python, site_packages, rctx.read(rctx.attr._requirements_in), rctx.read(locks["cuda13"]))
-        rctx.file("defs.bzl", _DEFS % "site_packages")
         return
     rctx.file("BUILD.bazel", _ROOT_BUILD)
     rctx.symlink(rctx.attr._sitecustomize, "isolation/sitecustomize.py")
 
     lock, reason = _choose_lock(rctx, python)
-    rctx.file("defs.bzl", _DEFS % lock)
 
     # buildifier: disable=print
     print("Python packages: the %s lock for CPython %s (%s)" % (lock, info["version"], reason))
-    rctx.report_progress("installing the Python packages of the %s lock" % lock)
+    rctx.report_progress("installing the Python packages of the %s lock (%s)" % (lock, _INSTALLED_SIZE[lock]))
     pip_install(rctx, python, rctx.path(locks[lock]), "_installed")
     rctx.report_progress("compiling and splitting the Python packages")
     result = rctx.execute(
@@ -61,12 +65,6 @@ def _pip_impl(rctx):
     if result.return_code != 0:
         fail("the installed Python packages could not be split:\n%s%s" % (result.stdout, result.stderr))
     rctx.delete("_installed")
-
-_DEFS = '''"""Written by pip_repository."""
-
-# Where the packages come from: cpu, cuda13 or site_packages.
-LOCK = "%s"
-'''
 
 _ROOT_BUILD = """load("@rules_python//python:defs.bzl", "py_library")
 
@@ -102,5 +100,5 @@ pip_repository = repository_rule(
         "FLASHTRAIN_SITE_PACKAGES",
     ],
     doc = """@pip//<name>: a py_library for each distribution, named as absl_py for absl-py, which brings what it requires;
-@pip//<name>:<script>_bin: its console scripts; @pip//:defs.bzl: LOCK. Environment variables: see README.md.""",
+@pip//<name>:<script>_bin: its console scripts. Environment variables: see README.md.""",
 )

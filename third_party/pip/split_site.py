@@ -23,6 +23,8 @@ from collections.abc import Iterator
 
 TORCH = "torch"
 _SHARES_TORCH_SITE = re.compile(r"(torch|triton|nvidia_.*|cuda_.*)$")
+# What a distribution uses without saying so: torch warns at every start when there is no numpy.
+_UNSAID_REQUIREMENTS = {"torch": {"numpy"}}
 # A package of its own inside the folder would hide its files from Bazel; torch's wheel ships one.
 _BAZEL_FILES = {"BUILD", "BUILD.bazel", "WORKSPACE", "WORKSPACE.bazel", "MODULE.bazel"}
 # Nothing imports the packages' own tests; compiling them takes a third of the time.
@@ -110,7 +112,7 @@ class Distributions:
         while True:
             before = {name: set(e) for name, e in extras.items()}, dict(needs)
             for name in self.by_name:
-                needs[name] = set()
+                needs[name] = _UNSAID_REQUIREMENTS.get(name, set()) & self.by_name.keys()
                 for r in self._requirements(name):
                     if r.marker and not any(r.marker.evaluate({"extra": e}) for e in extras[name]):
                         continue

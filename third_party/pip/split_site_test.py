@@ -55,6 +55,7 @@ def split(tmp_path):
     )
     install(installed, "speed", {"speed.py": "", "broken.py": "def ("})
     install(installed, "tool", {"tool.py": ""})
+    install(installed, "numpy", {"numpy.py": ""})
     install(
         installed,
         "torch",
@@ -106,8 +107,8 @@ def test_deps_are_the_requirements_that_apply(split):
     assert deps(split, "absl_py") == ["//:isolation", "//other"]
     # The extra that absl asks for.
     assert deps(split, "other") == ["//:isolation", "//speed"]
-    # Those of triton too, and no cycle.
-    assert deps(split, "torch") == ["//:isolation", "//speed", "//tool"]
+    # Those of triton too, and no cycle; numpy, which it uses without asking for it.
+    assert deps(split, "torch") == ["//:isolation", "//numpy", "//speed", "//tool"]
 
 
 def test_console_scripts_become_programs(split):
