@@ -1,0 +1,162 @@
+"""What every benchmark shares: how time is taken, the copy ceiling, and the table that is written.
+
+Times are medians of runs with cold caches: on CUDA `triton.testing.do_bench`, on the CPU
+`time.perf_counter`, both after overwriting a buffer larger than the last-level cache. Bandwidth
+counts bytes once: every input read once and every output written once, whatever a kernel really
+moves. The ceiling is a device-to-device copy measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+CACHE_BYTES = 256 * 2**20  # more than any last-level cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a table: what ran, on what, how long."""
+
+    case: str
+    implementation: str
+    seconds: float
+    bytes: int
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.bytes / self.seconds / 1e9
+
+
+def parse_arguments(description: str, peers: tuple[str, ...]) -> argparse.Namespace:
+    """--device, --peers, --out; the first line of the calling script's docstring as help."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--peers",
+        default=None,
+        help=f"comma-separated, of {', '.join(peers)}; default: all on CUDA, eager on the CPU",
+    )
+    parser.add_argument(
+        "--out", help="a folder, or a .md file, for the table; default: stdout only"
+    )
+    arguments = parser.parse_args()
+    arguments.device = torch.device(arguments.device)
+    if arguments.peers is None:
+        arguments.peers = peers if arguments.device.type == "cuda" else ("eager",)
+    else:
+        arguments.peers = tuple(filter(None, arguments.peers.split(",")))
+        if unknown := set(arguments.peers) - set(peers):
+            parser.error(f"--peers: {', '.join(unknown)}; supported: {', '.join(peers)}")
+    return arguments
+
+
+def median_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call with cold caches, after a warm-up."""
+    if device.type == "cuda":
+        import triton  # only where there is CUDA
+
+        return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median") / 1e3
+    cache = torch.empty(CACHE_BYTES, dtype=torch.int8)
+    times: list[float] = []
+    function()
+    while len(times) < 5 or (sum(times) < 0.5 and len(times) < 50):
+        cache.zero_()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def copy_ceiling(device: torch.device) -> float:
+    """GB/s of a copy within the device's memory, reads and writes both counted."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    seconds = median_seconds(lambda: target.copy_(source), device)
+    return 2 * source.numel() / seconds / 1e9
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo") as file:
+        models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def _table(rows: list[Row], ceiling: float) -> list[str]:
+    """A line for each case, a column for each implementation; the first one is ours."""
+    names = list(dict.fromkeys(row.implementation for row in rows))
+    header = ["case", *(f"{name}, us (GB/s)" for name in names), f"{names[0]} / copy"]
+    header += [f"best other / {names[0]}, time"] if len(names) > 1 else []
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for case in dict.fromkeys(row.case for row in rows):
+        of_case = {row.implementation: row for row in rows if row.case == case}
+        ours = of_case[names[0]]
+        others = [row.seconds for name, row in of_case.items() if name != names[0]]
+        cells = [
+            f"{of_case[name].seconds * 1e6:.1f} ({_rounded(of_case[name].gigabytes_per_second)})"
+            if name in of_case
+            else "-"
+            for name in names
+        ]
+        cells.append(f"{ours.gigabytes_per_second / ceiling:.2f}")
+        cells += [f"{min(others) / ours.seconds:.2f}"] if others else []
+        lines.append([case, *cells])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def report(what: str, rows: list[Row], ceiling: float, arguments: argparse.Namespace) -> None:
+    """Prints the table and, with --out, writes <what>_<device>_<yyyymm>.md."""
+    name = device_name(arguments.device)
+    versions = {p: _version(p) for p in ("torch", "triton", "liger-kernel")}
+    today = datetime.date.today()
+    text = "\n".join(
+        [
+            f"# {what}",
+            "",
+            f"- command: `python {' '.join(sys.argv)}`",
+            f"- device: {name}",
+            f"- date: {today.isoformat()}",
+            f"- versions: {', '.join(f'{p} {v}' for p, v in versions.items() if v)}, "
+            f"Python {platform.python_version()}",
+            f"- ceiling: copy at {_rounded(ceiling)} GB/s, measured in this run",
+            "",
+            *_table(rows, ceiling),
+            "",
+        ]
+    )
+    print(text)
+    if not arguments.out:
+        return
+    path = pathlib.Path(arguments.out)
+    if path.suffix != ".md":
+        # "NVIDIA H100 80GB HBM3" -> "h100"
+        words = [w for w in name.lower().split() if w != "nvidia"]
+        short = words[0] if arguments.device.type == "cuda" else "cpu"
+        path = path / f"{what}_{short}_{today:%Y%m}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"wrote {path}", file=sys.stderr)
