@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.seed = 1111
 
     config.optim = ml_collections.ConfigDict()
-    config.optim.lr = 3e-3
+    config.optim.lr = 8e-3
     config.optim.min_lr = 0.0
     config.optim.warmup_steps = 100
     config.optim.schedule = "cosine"
@@ -46,6 +46,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.trainer.eval_every = 500
     config.trainer.save_every = 500
     config.trainer.log_every = 10
-    config.trainer.sample_tokens = 400
+    config.trainer.sample_tokens = 256
 
     return config.lock()

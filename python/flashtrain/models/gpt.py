@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashtrain.modules.add_norm import DropoutAddNorm
-from flashtrain.modules.attention import CausalSelfAttention
+from flashtrain.modules.attention import CausalSelfAttention, attention_kernels
 from flashtrain.modules.block import Block
 from flashtrain.modules.embedding import TokenPositionEmbedding
 from flashtrain.modules.mlp import Mlp
@@ -155,8 +155,9 @@ class GPT(nn.Module):
     def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T] -> the head's input [B, T, D]."""
         hidden_BTD, residual_BTD = self.embedding(tokens_BT), None
-        for block in self.blocks:
-            hidden_BTD, residual_BTD = block(hidden_BTD, residual_BTD)
+        with attention_kernels(tokens_BT.device):
+            for block in self.blocks:
+                hidden_BTD, residual_BTD = block(hidden_BTD, residual_BTD)
         hidden_BTD, _ = self.norm(hidden_BTD, residual_BTD)
         return hidden_BTD
 

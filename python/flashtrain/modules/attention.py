@@ -20,8 +20,13 @@ _HOPPER_BACKENDS = [
 ]
 
 
-def _backend_priority(device: torch.device) -> contextlib.AbstractContextManager:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context in which attention runs on the fastest kernel that torch has for the device.
+
+    Entering it costs tens of microseconds on the host, so a model does it once for all its layers.
+    """
+    # Of the ways to ask for it, torch.compile folds this one into a constant.
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9:
         return sdpa_kernel(_HOPPER_BACKENDS, set_priority=True)
     return contextlib.nullcontext()
 
@@ -62,13 +67,12 @@ class CausalSelfAttention(nn.Module):
         q_BHTK, k_BHTK, v_BHTK = (
             self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         )
-        with _backend_priority(x_BTD.device):
-            y_BHTK = F.scaled_dot_product_attention(
-                q_BHTK,
-                k_BHTK,
-                v_BHTK,
-                dropout_p=self.dropout_p if self.training else 0.0,
-                is_causal=True,
-                scale=self.softmax_scale,
-            )
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BHTK,
+            v_BHTK,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            is_causal=True,
+            scale=self.softmax_scale,
+        )
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
