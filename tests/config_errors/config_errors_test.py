@@ -2,11 +2,15 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import train_binary
 from train_binary import SMALL_MODEL
+
+from experiments import train as program
+from flashtrain.train import launcher
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,29 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "expected"), MISTAKES, ids=lambda v: str(v)[:40])
-def test_mistake(arguments: list[str], expected: str, data: str, tmp_path: Path) -> None:
+def test_mistake(
+    arguments: list[str],
+    expected: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The whole program, but in this process: starting each would take seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *SMALL_MODEL, data, *arguments])
+    assert launcher.run_main(program.main) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert expected in output.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [0, 4, 8, 17, -3])
+def test_mistake_in_a_process_of_its_own(number: int, data: str, tmp_path: Path) -> None:
+    arguments, expected = MISTAKES[number]
     message = train_binary.error_line(*SMALL_MODEL, data, *arguments, cwd=tmp_path)
     assert expected in message
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,6 @@ SMALL_MODEL = (
     "--config.model.num_layers=2",
     "--config.model.num_heads=2",
     "--config.model.resid_dropout=0.1",
-    "--config.model.fused=false",
     "--config.data.seq_len=32",
     "--config.data.batch_size=8",
     "--config.trainer.global_batch_size=8",

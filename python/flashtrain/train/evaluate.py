@@ -67,4 +67,6 @@ def write_sample(
             top_k=_TOP_K,
             generator=torch.Generator(device).manual_seed(seed),
         )
-    return dataset.tokenizer.decode(tokens_BT[0, prompt_BT.shape[1] :].tolist())
+    # A model may have more tokens than the data; those have no text.
+    tokens = [t for t in tokens_BT[0].tolist() if t < dataset.tokenizer.vocab_size]
+    return dataset.tokenizer.decode(tokens[prompt_BT.shape[1] :])
