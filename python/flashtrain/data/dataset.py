@@ -34,7 +34,8 @@ class TokenDataset:
         verify: compute the checksums of large files too.
 
     Raises:
-        DataError: the folder is missing or damaged, or holds less than one window to train on.
+        DataError: the folder is missing or damaged, its tokenizer is unknown, or it holds less than
+            one window to train on.
     """
 
     def __init__(self, folder: Path, *, seq_len: int, seed: int, verify: bool = False):
@@ -46,6 +47,7 @@ class TokenDataset:
         self.seq_len = seq_len
         self.seed = seed
         self.manifest = read_manifest(folder)
+        self.tokenizer: Tokenizer = get_tokenizer(self.manifest.tokenizer)
         self.train_tokens = open_split(folder, self.manifest, "train", verify=verify)
         self.val_tokens = open_split(folder, self.manifest, "val", verify=verify)
         self.num_train_windows = (len(self.train_tokens) - 1) // seq_len
@@ -60,10 +62,6 @@ class TokenDataset:
     @property
     def vocab_size(self) -> int:
         return self.manifest.vocab_size
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return get_tokenizer(self.manifest.tokenizer)
 
     def window_indices(self, step: int, global_batch_size: int) -> np.ndarray:
         """Indices, int64 [global_batch_size], of the training windows of a global step.

@@ -166,6 +166,13 @@ def test_the_default_cache_is_in_the_users_folder(tmp_path, monkeypatch):
         load_dataset(source="the_pile", seq_len=8, seed=0)
 
 
+def test_an_unknown_tokenizer_is_refused_before_training(tmp_path):
+    splits = {"train": np.arange(100), "val": np.arange(100)}
+    write_token_files(tmp_path / "x", splits, tokenizer="words", vocab_size=100, source={})
+    with pytest.raises(DataError, match="no tokenizer 'words'; supported: bytes"):
+        TokenDataset(tmp_path / "x", seq_len=8, seed=0)
+
+
 def test_byte_tokenizer():
     tokenizer = get_tokenizer("bytes")
     assert isinstance(tokenizer, ByteTokenizer)
