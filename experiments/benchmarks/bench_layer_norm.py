@@ -111,10 +111,9 @@ def main() -> None:
     arguments = harness.parse_arguments(__doc__.split("\n")[0], ("eager", "compile", "liger"))
     device = arguments.device
     fp32, bf16 = torch.float32, torch.bfloat16
-    if device.type == "cuda":
-        rows, dtypes = 32768, ((bf16, bf16), (bf16, fp32))
-    else:
-        rows, dtypes = 2048, ((fp32, fp32), (bf16, bf16), (bf16, fp32))
+    rows, dtypes = 32768, [(bf16, bf16), (bf16, fp32)]
+    if device.type == "cpu":
+        rows, dtypes = 2048, [(fp32, fp32), *dtypes]
     ceiling = harness.copy_ceiling(device)
     table = [
         row

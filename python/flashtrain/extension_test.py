@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_import_of_the_package_is_light() -> None:
 
 
 def _forward(x0: object, z: object, **changes: object) -> None:
-    arguments: dict[str, object] = dict.fromkeys(
+    arguments: dict[str, Any] = dict.fromkeys(
         ("residual", "weight", "bias", "rowscale", "layerscale", "rng_state", "x", "mean", "rstd")
     )
     arguments |= {
@@ -114,9 +115,13 @@ def test_every_form_of_dlpack(form) -> None:
     torch.testing.assert_close(z, torch.nn.functional.layer_norm(x, (5,)))
 
 
-def test_takes_tensors_that_require_grad_and_leading_dimensions() -> None:
+@pytest.mark.parametrize("by_capsule", [False, True])
+def test_takes_tensors_that_require_grad_and_leading_dimensions(by_capsule: bool) -> None:
+    if not by_capsule and not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has no C interface to DLPack")
+    form = torch.utils.dlpack.to_dlpack if by_capsule else lambda t: t
     x, z = torch.randn(2, 3, 5, requires_grad=True), torch.full((2, 3, 5), float("nan"))
-    _forward(x, z)
+    _forward(form(x), z)
     torch.testing.assert_close(z, torch.nn.functional.layer_norm(x, (5,)).detach())
 
 

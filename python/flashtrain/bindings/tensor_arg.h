@@ -5,8 +5,10 @@
 //
 // Three forms are accepted, all of them DLPack, so the extension needs no libtorch and one build
 // serves every torch version (and numpy):
-//   1. an object whose type has `__dlpack_c_exchange_api__` (torch >= 2.10): one C call, 0.03 us;
-//   2. a DLPack capsule (`torch.utils.dlpack.to_dlpack(t)`), which is read and not consumed;
+//   1. an object whose type has `__dlpack_c_exchange_api__` (torch): one C call. A whole forward
+//      call with ten tensors takes 0.9 us; their data_ptr, shape, stride, dtype and device, read in
+//      Python and passed as plain numbers, would add 0.3 us for each tensor;
+//   2. a DLPack capsule (`torch.utils.dlpack.to_dlpack(t)`, 0.15 us), which is read, not consumed;
 //   3. any other object with `__dlpack__` (numpy arrays, ...): a Python call.
 // Forms 1 and 2 take tensors that require grad and never synchronise streams.
 //

@@ -35,6 +35,8 @@ def _vector(tensor: Tensor | None) -> object:
 
 
 def _run_forward(
+    x: Tensor | None,
+    mask: Tensor | None,
     x0: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -46,10 +48,8 @@ def _run_forward(
     epsilon: float,
     is_rms_norm: bool,
     zero_centered_weight: bool,
-    x: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills x and mask where they are given; returns (z, mean, rstd)."""
+    """Fills x and mask where they are wanted; returns (z, mean, rstd)."""
     z, mean, rstd = _forward_outputs(x0, is_rms_norm)
     _kernels.layer_norm_forward(
         _rows(x0),
@@ -84,7 +84,7 @@ def _forward_outputs(x0: Tensor, is_rms_norm: bool) -> tuple[Tensor, Tensor, Ten
 
 
 def _norm_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any):
-    return _run_forward(x, None, weight, bias, None, None, None, 0.0, *options)
+    return _run_forward(None, None, x, None, weight, bias, None, None, None, 0.0, *options)
 
 
 def _norm_fake(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight):
@@ -92,9 +92,9 @@ def _norm_fake(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight):
 
 
 def _add_norm_kernel(x0: Tensor, *args: Any):
-    *args, x_dtype = args
+    *inputs, x_dtype = args
     x = _empty_like(x0, x_dtype)
-    z, mean, rstd = _run_forward(x0, *args, x=x)
+    z, mean, rstd = _run_forward(x, None, x0, *inputs)
     return z, x, mean, rstd
 
 
@@ -105,10 +105,10 @@ def _add_norm_fake(x0: Tensor, *args: Any):
 
 
 def _add_norm_mask_kernel(x0: Tensor, *args: Any):
-    *args, x_dtype = args
+    *inputs, x_dtype = args
     x = _empty_like(x0, x_dtype)
     mask = _empty_like(x0, torch.uint8)
-    z, mean, rstd = _run_forward(x0, *args, x=x, mask=mask)
+    z, mean, rstd = _run_forward(x, mask, x0, *inputs)
     return z, x, mean, rstd, mask
 
 
@@ -145,6 +145,9 @@ def _backward_kernel(
     output_mask: list[bool],
 ):
     outputs = _backward_outputs(x, weight, x0_dtype, output_mask)
+    dx0, dresidual, dweight, dbias, dlayerscale = (
+        to_kernel(out) if wanted else None for out, wanted in zip(outputs, output_mask)
+    )
     _kernels.layer_norm_backward(
         _rows(dz),
         _rows(dx),
@@ -159,7 +162,11 @@ def _backward_kernel(
         dropout_p,
         is_rms_norm,
         zero_centered_weight,
-        *(to_kernel(out) if wanted else None for out, wanted in zip(outputs, output_mask)),
+        dx0,
+        dresidual,
+        dweight,
+        dbias,
+        dlayerscale,
         lambda size: to_kernel(x.new_empty((size,), dtype=torch.uint8)),
         launch_context(x),
     )

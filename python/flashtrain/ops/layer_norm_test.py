@@ -211,7 +211,7 @@ def test_layouts_of_inputs_and_gradients(layout: str, shape: tuple[int, ...]) ->
 def test_expanded_inputs_and_gradients() -> None:
     x0 = torch.randn(1, 64, device=DEVICE).expand(5, 64).requires_grad_()
     weight = torch.ones(64, device=DEVICE, requires_grad=True)
-    z = ln.dropout_add_rms_norm(x0, x0.detach(), weight, None, 0.0, 1e-5)
+    z, _ = ln.dropout_add_rms_norm(x0, x0.detach(), weight, None, 0.0, 1e-5, prenorm=True)
     expected = torch.nn.functional.rms_norm(x0 + x0.detach(), (64,), weight, 1e-5)
     torch.testing.assert_close(z, expected)
     grads = torch.autograd.grad(z.sum(), (x0, weight))  # the gradient of a sum has stride 0
@@ -236,11 +236,11 @@ def test_more_than_two_to_the_31_elements() -> None:
     x0 = torch.randn(rows, cols, device=DEVICE, dtype=BF16).requires_grad_()
     residual = torch.randn(rows, cols, device=DEVICE, dtype=BF16)
     weight = torch.randn(cols, device=DEVICE, requires_grad=True)
-    z = ln.dropout_add_layer_norm(x0, residual, weight, None, 0.0, 1e-5)
+    z, _ = ln.dropout_add_layer_norm(x0, residual, weight, None, 0.0, 1e-5, prenorm=True)
     z.backward(residual)
     last = slice(rows - 5, rows)
     few = x0.detach()[last].requires_grad_()
-    few_z = ln.dropout_add_layer_norm(few, residual[last], weight, None, 0.0, 1e-5)
+    few_z, _ = ln.dropout_add_layer_norm(few, residual[last], weight, None, 0.0, 1e-5, prenorm=True)
     few_z.backward(residual[last])
     assert torch.equal(z[last], few_z)
     assert torch.equal(x0.grad[last], few.grad)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashtrain import _kernels
 from flashtrain.ops import _layer_norm_ops as ops
 from flashtrain.ops import layer_norm as ln
 from flashtrain.ops.layer_norm_cases import BF16, FP16, FP32, Case, results_and_gradients
@@ -116,6 +117,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             runs.append(results_and_gradients(inputs, case.ours(inputs)))
+            assert _kernels.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
