@@ -1,0 +1,3 @@
+"""A package of the consumer."""
+
+OWNER = "consumer"
