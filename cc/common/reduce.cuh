@@ -11,8 +11,8 @@ __device__ __forceinline__ float WarpSum(float value) {
   return value;
 }
 
-// A CTA's warps in groups of `warps` consecutive ones. Groups run independently: each has its own
-// named barrier, so a CTA has at most 15 groups of more than one warp.
+// A CTA's warps in groups of `warps` consecutive ones. All groups must call Sum together: it
+// synchronises the CTA unless a group is one warp.
 struct WarpGroup {
   static constexpr int kMaxWarps = 16;
 
@@ -27,17 +27,13 @@ struct WarpGroup {
 
   __device__ __forceinline__ int size() const { return 32 * warps; }
 
-  __device__ __forceinline__ void Sync() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(32 * warps) : "memory");
-  }
-
   // `shared`: kMaxWarps floats of shared memory of this group's own. It may be used again by a call
   // with another buffer in between: the barrier of that call orders this one's reads.
   __device__ __forceinline__ float Sum(float value, float* shared) const {
     value = WarpSum(value);
     if (warps == 1) return value;
     if (thread % 32 == 0) shared[thread / 32] = value;
-    Sync();
+    __syncthreads();
     float sum = 0.0f;
     for (int i = 0; i < warps; ++i) sum += shared[i];
     return sum;
@@ -49,7 +45,7 @@ struct WarpGroup {
     value.y = WarpSum(value.y);
     if (warps == 1) return value;
     if (thread % 32 == 0) shared[thread / 32] = value;
-    Sync();
+    __syncthreads();
     float2 sum = make_float2(0.0f, 0.0f);
     for (int i = 0; i < warps; ++i) {
       sum.x += shared[i].x;

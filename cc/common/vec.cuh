@@ -41,72 +41,55 @@ __device__ __forceinline__ void ToFloat(const RawVec<T, N>& v, float (&out)[N]) 
   }
 }
 
-// Elements [index, index + N) of a small tensor that many rows share, as fp32, through L1.
-template <int N>
-__device__ __forceinline__ void LoadShared(const void* base, DType dtype, int64_t index,
-                                           float (&out)[N]) {
-  if (dtype == DType::kFloat32) {
-    const float4* ptr = reinterpret_cast<const float4*>(static_cast<const float*>(base) + index);
+template <typename T, int N>
+__device__ __forceinline__ RawVec<T, N> FromFloat(const float (&in)[N]) {
+  RawVec<T, N> v;
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < N / 4; ++i) {
-      const float4 v = __ldg(ptr + i);
-      out[4 * i] = v.x, out[4 * i + 1] = v.y, out[4 * i + 2] = v.z, out[4 * i + 3] = v.w;
+    for (int i = 0; i < N; ++i) v.word[i] = __float_as_uint(in[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const __half2 pair = __floats2half2_rn(in[2 * i], in[2 * i + 1]);
+        memcpy(&v.word[i], &pair, sizeof(pair));
+      } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
+        memcpy(&v.word[i], &pair, sizeof(pair));
+      }
     }
-    return;
   }
-  uint32_t word[N / 2];
-  const char* ptr = static_cast<const char*>(base) + 2 * index;
-  if constexpr (N == 8) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(ptr));
-    word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+  return v;
+}
+
+// Rounds N fp32 values into elements [index, index + N) of an aligned tensor of T.
+template <typename T, int N>
+__device__ __forceinline__ void StoreVec(const float (&in)[N], void* base, int64_t index) {
+  T* ptr = static_cast<T*>(base) + index;
+  if constexpr (N * sizeof(T) <= 16) {
+    *reinterpret_cast<RawVec<T, N>*>(ptr) = FromFloat<T>(in);
   } else {
-    static_assert(N == 4, "4 or 8 elements");
-    const uint2 v = __ldg(reinterpret_cast<const uint2*>(ptr));
-    word[0] = v.x, word[1] = v.y;
-  }
-  if (dtype == DType::kFloat16) {
-    RawVec<__half, N> raw;
-    memcpy(raw.word, word, sizeof(word));
-    ToFloat(raw, out);
-  } else {
-    RawVec<__nv_bfloat16, N> raw;
-    memcpy(raw.word, word, sizeof(word));
-    ToFloat(raw, out);
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      *reinterpret_cast<float4*>(ptr + i) = make_float4(in[i], in[i + 1], in[i + 2], in[i + 3]);
+    }
   }
 }
 
-// Rounds N fp32 values into elements [index, index + N) of an aligned tensor.
+// The same for a dtype known at run time.
 template <int N>
 __device__ __forceinline__ void StoreVec(const float (&in)[N], void* base, DType dtype,
                                          int64_t index) {
-  if (dtype == DType::kFloat32) {
-    float4* ptr = reinterpret_cast<float4*>(static_cast<float*>(base) + index);
-#pragma unroll
-    for (int i = 0; i < N / 4; ++i) {
-      ptr[i] = make_float4(in[4 * i], in[4 * i + 1], in[4 * i + 2], in[4 * i + 3]);
-    }
-    return;
-  }
-  uint32_t word[N / 2];
-  if (dtype == DType::kFloat16) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const __half2 pair = __floats2half2_rn(in[2 * i], in[2 * i + 1]);
-      memcpy(&word[i], &pair, sizeof(pair));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
-      memcpy(&word[i], &pair, sizeof(pair));
-    }
-  }
-  char* ptr = static_cast<char*>(base) + 2 * index;
-  if constexpr (N == 8) {
-    *reinterpret_cast<uint4*>(ptr) = make_uint4(word[0], word[1], word[2], word[3]);
-  } else {
-    static_assert(N == 4, "4 or 8 elements");
-    *reinterpret_cast<uint2*>(ptr) = make_uint2(word[0], word[1]);
+  switch (dtype) {
+    case DType::kFloat32:
+      StoreVec<float>(in, base, index);
+      break;
+    case DType::kFloat16:
+      StoreVec<__half>(in, base, index);
+      break;
+    default:
+      StoreVec<__nv_bfloat16>(in, base, index);
+      break;
   }
 }
 
@@ -119,6 +102,26 @@ __device__ __forceinline__ float LoadScalar(const void* base, DType dtype, int64
       return __half2float(static_cast<const __half*>(base)[index]);
     default:
       return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[index]);
+  }
+}
+
+// Elements [index, index + 4), of any alignment.
+__device__ __forceinline__ float4 LoadScalar4(const void* base, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::kFloat32: {
+      const float* v = static_cast<const float*>(base) + index;
+      return make_float4(v[0], v[1], v[2], v[3]);
+    }
+    case DType::kFloat16: {
+      const __half* v = static_cast<const __half*>(base) + index;
+      return make_float4(__half2float(v[0]), __half2float(v[1]), __half2float(v[2]),
+                         __half2float(v[3]));
+    }
+    default: {
+      const __nv_bfloat16* v = static_cast<const __nv_bfloat16*>(base) + index;
+      return make_float4(__bfloat162float(v[0]), __bfloat162float(v[1]), __bfloat162float(v[2]),
+                         __bfloat162float(v[3]));
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -61,6 +62,8 @@ const LayerNormCudaKernels* FindKernels(DType a, DType b) {
   return half ? &kLayerNormFloat16Float32 : &kLayerNormBFloat16Float32;
 }
 
+constexpr int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct TileLimits {
   int vecs, max_warps, max_threads, min_ctas;
 };
@@ -70,32 +73,37 @@ constexpr TileLimits Limits(int max_warps) {
   return {kVecs, max_warps, Tile<kVecs>::kMaxThreads, Tile<kVecs>::kMinCtas};
 }
 
-// Fewest vectors per thread that fit, so that few lanes have no work (1,600 columns of bf16 are 200
-// vectors: 7 warps of 1 vector) and many rows are in flight. A vector takes `vec_bytes` of shared
-// memory. False: no tile is wide enough.
-template <template <int> class Tile>
-bool FindTile(const DeviceLimits& device, int64_t rows, int64_t vectors, int vec_bytes,
-              LayerNormTile* tile) {
-  constexpr int kMaxStages = 3;
-  constexpr int kReservedBytes = 4096;  // of shared memory, per CTA: the system's and static arrays
-  for (const TileLimits& limits : {Limits<Tile, 1>(8), Limits<Tile, 2>(16), Limits<Tile, 4>(16)}) {
+// Bytes of shared memory per vector: its part of a pipeline slot, and its fp32 weight and bias.
+struct VecBytes {
+  int slot, columns;
+};
+
+// The first of `choices` that is wide enough, with up to `max_stages` stages, and how many of
+// its CTAs the device holds. False: none is wide enough, or there is no whole vector.
+bool FindTile(std::initializer_list<TileLimits> choices, const DeviceLimits& device,
+              int64_t vectors, VecBytes bytes, int max_stages, LayerNormTile* tile,
+              int* resident_ctas) {
+  constexpr int kReservedBytes = 6144;  // of shared memory, per CTA: the system's and static arrays
+  if (vectors == 0) return false;
+  for (const TileLimits& limits : choices) {
     if (vectors > int64_t{32} * limits.vecs * limits.max_warps) continue;
     tile->vecs = limits.vecs;
     tile->warps = static_cast<int>((vectors + 32 * limits.vecs - 1) / (32 * limits.vecs));
     tile->groups = std::min(limits.max_threads / (32 * tile->warps), LayerNormTile::kMaxGroups);
     const int threads = 32 * tile->warps * tile->groups;
-    const int stage_bytes = threads * limits.vecs * vec_bytes;
+    const int stage_bytes = threads * limits.vecs * bytes.slot;
+    const int column_bytes = 32 * tile->warps * limits.vecs * bytes.columns;
     int resident = limits.max_threads * limits.min_ctas / threads;
-    resident = std::max(1, std::min(resident, device.shared_per_multiprocessor /
-                                                  (2 * stage_bytes + kReservedBytes)));
+    resident =
+        std::max(1, std::min(resident, device.shared_per_multiprocessor /
+                                           (2 * stage_bytes + column_bytes + kReservedBytes)));
     const int budget =
         std::min(device.shared_per_cta, device.shared_per_multiprocessor / resident) -
         kReservedBytes;
-    tile->stages = std::min(kMaxStages, budget / stage_bytes);
+    tile->stages = std::min(max_stages, (budget - column_bytes) / stage_bytes);
     if (tile->stages < 1) return false;
-    tile->shared_bytes = tile->stages * stage_bytes;
-    const int64_t ctas = (rows + tile->groups - 1) / tile->groups;
-    tile->ctas = static_cast<int>(std::min<int64_t>(resident * device.multiprocessors, ctas));
+    tile->shared_bytes = tile->stages * stage_bytes + column_bytes;
+    *resident_ctas = resident * device.multiprocessors;
     return true;
   }
   return false;
@@ -112,8 +120,6 @@ bool IsVectorizable(const LayerNormForwardParams& p, int n) {
          IsAligned(p.residual, p.residual_row_stride, p.x_dtype, n) &&
          IsAligned(p.z, p.z_row_stride, p.z_dtype, n) &&
          IsAligned(p.x, p.x_row_stride, p.x_dtype, n) &&
-         IsAligned(p.weight, 0, p.weight_dtype, n) && IsAligned(p.bias, 0, p.weight_dtype, n) &&
-         IsAligned(p.layerscale, 0, p.weight_dtype, n) &&
          reinterpret_cast<uintptr_t>(p.dropout_mask) % 4 == 0;
 }
 
@@ -123,8 +129,7 @@ bool IsVectorizable(const LayerNormBackwardParams& p, int n) {
          IsAligned(p.dx, p.dx_row_stride, p.x_dtype, n) &&
          IsAligned(p.x, p.x_row_stride, p.x_dtype, n) &&
          IsAligned(p.dx0, p.dx0_row_stride, p.x0_dtype, n) &&
-         IsAligned(p.dresidual, p.dresidual_row_stride, p.x_dtype, n) &&
-         IsAligned(p.weight, 0, p.weight_dtype, n) && IsAligned(p.layerscale, 0, p.weight_dtype, n);
+         IsAligned(p.dresidual, p.dresidual_row_stride, p.x_dtype, n);
 }
 
 constexpr int kGeneralCtasPerMultiprocessor = 2;
@@ -140,15 +145,36 @@ int CountGradients(const LayerNormBackwardParams& p) {
 
 bool FindForwardTile(const DeviceLimits& device, const LayerNormForwardParams& p, int n,
                      LayerNormTile* tile) {
-  const int64_t vec_bytes = n * (DTypeSize(p.x0_dtype) + DTypeSize(p.x_dtype));
-  return FindTile<ForwardTile>(device, p.rows, p.cols / n, static_cast<int>(vec_bytes), tile);
+  const int64_t slot = n * (DTypeSize(p.x0_dtype) + DTypeSize(p.x_dtype));
+  const VecBytes bytes = {static_cast<int>(slot), 2 * n * 4};
+  int resident = 0;
+  if (!FindTile({Limits<ForwardTile, 1>(1), Limits<ForwardTile, 2>(16), Limits<ForwardTile, 4>(16)},
+                device, p.cols / n, bytes, 2, tile, &resident)) {
+    return false;
+  }
+  // Many short-lived CTAs keep the rows in flight close together and even out multiprocessors that
+  // fall behind; 8 rows share the reading of the weight. Few rows are spread over all CTAs.
+  const int64_t blocks = CeilDivide(p.rows, tile->groups);
+  const int64_t max_steps = std::max(2, 8 / tile->groups);
+  const int64_t steps = std::clamp<int64_t>(CeilDivide(blocks, resident), 1, max_steps);
+  tile->steps = static_cast<int>(steps);
+  tile->ctas = static_cast<int>(CeilDivide(blocks, steps));
+  return true;
 }
 
 bool FindBackwardTile(const DeviceLimits& device, const LayerNormBackwardParams& p, int n,
                       LayerNormTile* tile) {
-  const int64_t vec_bytes = n * (DTypeSize(p.z_dtype) + 2 * DTypeSize(p.x_dtype));
+  const int64_t slot = n * (DTypeSize(p.z_dtype) + 2 * DTypeSize(p.x_dtype));
+  const VecBytes bytes = {static_cast<int>(slot), n * 4};
   tile->num_grads = CountGradients(p);
-  return FindTile<BackwardTile>(device, p.rows, p.cols / n, static_cast<int>(vec_bytes), tile);
+  int resident = 0;
+  if (!FindTile(
+          {Limits<BackwardTile, 1>(8), Limits<BackwardTile, 2>(16), Limits<BackwardTile, 4>(16)},
+          device, p.cols / n, bytes, 3, tile, &resident)) {
+    return false;
+  }
+  tile->ctas = static_cast<int>(std::min<int64_t>(resident, CeilDivide(p.rows, tile->groups)));
+  return true;
 }
 
 }  // namespace

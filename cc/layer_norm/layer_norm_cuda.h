@@ -14,11 +14,12 @@ int64_t LayerNormBackwardWorkspaceBytesCuda(const LayerNormBackwardParams& param
 
 // How a launch spreads rows over threads; see layer_norm_kernel.cuh.
 struct LayerNormTile {
-  static constexpr int kMaxGroups = 8;
+  static constexpr int kMaxGroups = 16;
 
   int vecs = 0;    // vectors of a row held by a thread
   int warps = 0;   // warps per row
   int groups = 0;  // rows per CTA at a time
+  int steps = 0;   // forward: how often a CTA takes `groups` rows
   int stages = 0;  // slots of shared memory: rows being worked on or loaded, per group
   int shared_bytes = 0;
   int ctas = 0;       // of the grid

@@ -38,12 +38,6 @@ __device__ float ElementX(const LayerNormForwardParams& p,
   return x;
 }
 
-template <typename Params>
-__device__ float ElementWeight(const Params& p, int64_t col) {
-  if (p.weight == nullptr) return 1.0f;
-  return LoadScalar(p.weight, p.weight_dtype, col) + (p.zero_centered_weight ? 1.0f : 0.0f);
-}
-
 __global__ void __launch_bounds__(kThreads)
     layer_norm_forward_general_kernel(const __grid_constant__ LayerNormForwardParams p) {
   __shared__ float shared[2][kWarps];
@@ -74,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int64_t col = group.thread; col < p.cols; col += kThreads) {
       const float x = ElementX(p, scales, rowscale, row, col, &kept);
-      float z = (x - mean) * rstd * ElementWeight(p, col);
+      float z = (x - mean) * rstd * WeightAt(p, col);
       if (p.bias != nullptr) z += LoadScalar(p.bias, p.weight_dtype, col);
       StoreScalar(z, p.z, p.z_dtype, row * p.z_row_stride + col);
     }
@@ -115,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t col = group.thread; col < p.cols; col += kThreads) {
       const float dz = LoadScalar(p.dz, p.z_dtype, row * p.dz_row_stride + col);
       const float x = LoadScalar(p.x, p.x_dtype, row * p.x_row_stride + col);
-      const float wdz = dz * ElementWeight(p, col);
+      const float wdz = dz * WeightAt(p, col);
       sums.x += (x - mean) * rstd * wdz;
       sums.y += wdz;
     }
@@ -125,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
       const float dz = LoadScalar(p.dz, p.z_dtype, row * p.dz_row_stride + col);
       const float x = LoadScalar(p.x, p.x_dtype, row * p.x_row_stride + col);
       const float xhat = (x - mean) * rstd;
-      float g = rstd * (dz * ElementWeight(p, col) - c2 - xhat * c1);
+      float g = rstd * (dz * WeightAt(p, col) - c2 - xhat * c1);
       if (p.dx != nullptr) g += LoadScalar(p.dx, p.x_dtype, row * p.dx_row_stride + col);
       dweight.Add(col, dz * xhat);
       dbias.Add(col, dz);
@@ -144,7 +138,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kReduceCols = 32, kReduceRows = 32;
+// A CTA sums kReduceCols columns: one 32-byte sector of each partial, so that there are many CTAs
+// and each thread has few loads, all in flight at once.
+constexpr int kReduceCols = 8, kReduceRows = 64;
 
 struct ReduceTargets {
   void* grad[3];
@@ -154,25 +150,28 @@ struct ReduceTargets {
 __global__ void __launch_bounds__(kReduceCols* kReduceRows)
     layer_norm_reduce_kernel(const float* __restrict__ partials, int ctas, int64_t cols,
                              const __grid_constant__ ReduceTargets targets, DType dtype) {
-  __shared__ float shared[kReduceRows][kReduceCols + 1];
+  __shared__ float shared[kReduceRows][kReduceCols];
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kReduceCols + threadIdx.x;
   const int64_t stride = gridDim.y * cols;
   float sum = 0.0f;
   if (col < cols) {
     const float* partial = partials + blockIdx.y * cols + col;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = threadIdx.y; i < ctas; i += kReduceRows) sum += partial[i * stride];
   }
   shared[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  // Transposed: a warp adds up one column.
-  sum = WarpSum(shared[threadIdx.x][threadIdx.y]);
-  const int64_t sum_col = static_cast<int64_t>(blockIdx.x) * kReduceCols + threadIdx.y;
-  if (threadIdx.x == 0 && sum_col < cols) {
+  for (int half = kReduceRows / 2; half > 0; half /= 2) {
+    if (threadIdx.y < half) {
+      shared[threadIdx.y][threadIdx.x] += shared[threadIdx.y + half][threadIdx.x];
+    }
+    __syncthreads();
+  }
+  if (threadIdx.y == 0 && col < cols) {
     void* grad = blockIdx.y == 0   ? targets.grad[0]
                  : blockIdx.y == 1 ? targets.grad[1]
                                    : targets.grad[2];
-    StoreScalar(sum, grad, dtype, sum_col);
+    StoreScalar(shared[0][threadIdx.x], grad, dtype, col);
   }
 }
 

@@ -10,10 +10,11 @@ namespace {
 using A = FLASHTRAIN_A;  // x0, dz
 using B = FLASHTRAIN_B;  // residual, x, dx, dresidual
 
-// More than 48 KiB of dynamic shared memory has to be allowed, once per kernel and device.
+// More than 48 KiB of shared memory, static arrays included, has to be allowed, once per kernel and
+// device.
 template <auto kKernel>
 cudaError_t AllowSharedMemory(int bytes) {
-  constexpr int kDefaultBytes = 48 * 1024, kMaxDevices = 64;
+  constexpr int kDefaultBytes = 44 * 1024, kMaxDevices = 64;
   if (bytes <= kDefaultBytes) return cudaSuccess;
   static std::atomic<int> allowed[kMaxDevices];
   int device = 0;
@@ -34,34 +35,51 @@ int Launch(const Params& p, const LayerNormTile& tile, void* stream) {
   return cudaGetLastError();
 }
 
+template <bool kLean>
 int Forward(const LayerNormForwardParams& p, const LayerNormTile& tile, void* stream) {
   switch (tile.vecs) {
     case 1:
-      return Launch<layer_norm_forward_kernel<A, B, 1>>(p, tile, stream);
+      return Launch<layer_norm_forward_kernel<A, B, 1, kLean>>(p, tile, stream);
     case 2:
-      return Launch<layer_norm_forward_kernel<A, B, 2>>(p, tile, stream);
+      return Launch<layer_norm_forward_kernel<A, B, 2, kLean>>(p, tile, stream);
     case 4:
-      return Launch<layer_norm_forward_kernel<A, B, 4>>(p, tile, stream);
+      return Launch<layer_norm_forward_kernel<A, B, 4, kLean>>(p, tile, stream);
     default:
       return cudaErrorInvalidConfiguration;
   }
 }
 
+template <bool kLean>
 int Backward(const LayerNormBackwardParams& p, const LayerNormTile& tile, void* stream) {
   switch (tile.vecs) {
     case 1:
-      return Launch<layer_norm_backward_kernel<A, B, 1>>(p, tile, stream);
+      return Launch<layer_norm_backward_kernel<A, B, 1, kLean>>(p, tile, stream);
     case 2:
-      return Launch<layer_norm_backward_kernel<A, B, 2>>(p, tile, stream);
+      return Launch<layer_norm_backward_kernel<A, B, 2, kLean>>(p, tile, stream);
     case 4:
-      return Launch<layer_norm_backward_kernel<A, B, 4>>(p, tile, stream);
+      return Launch<layer_norm_backward_kernel<A, B, 4, kLean>>(p, tile, stream);
     default:
       return cudaErrorInvalidConfiguration;
   }
+}
+
+template <typename Params>
+bool IsUnscaled(const Params& p) {
+  return p.dropout_p == 0.0f && p.rowscale == nullptr && p.layerscale == nullptr;
+}
+
+int ForwardAny(const LayerNormForwardParams& p, const LayerNormTile& tile, void* stream) {
+  const bool lean = IsUnscaled(p) && p.dropout_mask == nullptr && p.z_dtype == p.x0_dtype;
+  return lean ? Forward<true>(p, tile, stream) : Forward<false>(p, tile, stream);
+}
+
+int BackwardAny(const LayerNormBackwardParams& p, const LayerNormTile& tile, void* stream) {
+  const bool lean = IsUnscaled(p) && p.x0_dtype == p.z_dtype;
+  return lean ? Backward<true>(p, tile, stream) : Backward<false>(p, tile, stream);
 }
 
 }  // namespace
 
-const LayerNormCudaKernels FLASHTRAIN_PAIR = {VecElements<A, B>(), Forward, Backward};
+const LayerNormCudaKernels FLASHTRAIN_PAIR = {VecElements<A, B>(), ForwardAny, BackwardAny};
 
 }  // namespace flashtrain
