@@ -72,7 +72,7 @@ def test_sources_do_not_point_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "layer", ["cc", "ops", "modules", "models", "data", "distributed", "train", "experiments"]
+    "layer", ["cc", "ops", "modules", "models", "data", "distributed", "train"]
 )
 def test_targets_do_not_depend_upwards(layer: str) -> None:
     labels = (GRAPHS / f"{layer}_deps").read_text().split()
