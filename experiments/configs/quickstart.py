@@ -1,6 +1,12 @@
 """Quickstart: a small GPT learns to write Shakespeare, byte by byte, on a CPU.
 
+Goal: validation loss 1.75 nats per byte (measured 1.7503, on plays the model has not seen).
 Command: tools/bazel run //experiments:train
+Hardware: 2 CPU cores, 1 GB of memory.
+Speed: about 20,000 tokens/s and 2.5 minutes (computed from 280 s of CPU time, all included).
+Data: prepared on the spot in ${DATA_DIR}/shakespeare or ./data/shakespeare.
+
+826,112 parameters without positions, 1,200 steps of 2,048 bytes: half an epoch, so no dropout.
 """
 
 import ml_collections
@@ -18,7 +24,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.d_model = 128
     config.model.num_heads = 4
     config.model.max_seq_len = 128
-    config.model.init_std = 0.06  # GPT-2's 0.02 is for wide models: 0.09 nats worse after 600 steps
+    config.model.init_std = 0.06  # GPT-2's 0.02 suits wide models; here it is 0.09 nats worse
 
     config.data = ml_collections.ConfigDict()
     config.data.source = "shakespeare"
