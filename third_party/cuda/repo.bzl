@@ -1,6 +1,7 @@
 """@cuda_sdk (nvcc, nvvm, crt, cccl, cudart) and @cublas (headers) out of NVIDIA's wheels; @local_gpu: is there a GPU?"""
 
 load("//third_party/pip:pip.bzl", "find_python", "pip_install")
+load(":gpu.bzl", "has_gpu")
 
 def _use_local_toolkit(rctx):
     """Links the machine's own toolkit into place, laid out as the wheels are."""
@@ -58,17 +59,6 @@ cublas_repository = repository_rule(
     },
     environ = ["CUDA_HOME", "FLASHTRAIN_LOCAL_CUDA"],
 )
-
-def has_gpu(rctx):
-    """Whether an NVIDIA driver with a device runs on this machine.
-
-    Args:
-      rctx: the repository context.
-
-    Returns:
-      True if the driver's control device is there.
-    """
-    return rctx.path("/dev/nvidiactl").exists or rctx.path("/proc/driver/nvidia/version").exists
 
 def _local_gpu_impl(rctx):
     value = rctx.os.environ.get("FLASHTRAIN_GPU", "") or str(int(has_gpu(rctx)))

@@ -1,5 +1,6 @@
 """@pip: every Python package that flashtrain uses, from a hashed lock or from the interpreter's own site-packages."""
 
+load("//third_party/cuda:gpu.bzl", "has_gpu")
 load("//third_party/python:interpreter.bzl", "PYTHON_ENVIRON")
 load(":pip.bzl", "pip_install", "run_pip")
 load(":site_packages.bzl", "use_site_packages")
@@ -8,9 +9,6 @@ _INSTALLED_SIZE = {
     "cpu": "1.4 GB",
     "cuda13": "5.1 GB",
 }
-
-def _has_nvidia_device(rctx):
-    return rctx.path("/dev/nvidiactl").exists or rctx.path("/proc/driver/nvidia/version").exists
 
 def _pip_finds_cpu_torch(rctx, python, lock):
     """Whether pip's configuration offers the very CPU build of torch that the lock names, which indexes do not by default."""
@@ -28,7 +26,7 @@ def _choose_lock(rctx, python):
         if wanted not in _INSTALLED_SIZE:
             fail("FLASHTRAIN_LOCK=%s: supported are %s, or nothing to choose by the machine" % (wanted, " and ".join(_INSTALLED_SIZE)))
         return wanted, "FLASHTRAIN_LOCK says so"
-    if _has_nvidia_device(rctx):
+    if has_gpu(rctx):
         return "cuda13", "this machine has an NVIDIA device"
     if _pip_finds_cpu_torch(rctx, python, rctx.read(rctx.attr._requirements_cpu)):
         return "cpu", "no NVIDIA device, and pip finds torch's CPU build"
