@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
-    """Polls as fast as it can while the process runs; whether the condition came true."""
+    """Polls every millisecond while the process runs; whether the condition came true."""
     while process.poll() is None:
         if condition():
             return True
+        time.sleep(0.001)
     return False
 
 
