@@ -148,8 +148,8 @@ bool FindForwardTile(const DeviceLimits& device, const LayerNormForwardParams& p
   const int64_t slot = n * (DTypeSize(p.x0_dtype) + DTypeSize(p.x_dtype));
   const VecBytes bytes = {static_cast<int>(slot), 2 * n * 4};
   int resident = 0;
-  if (!FindTile({Limits<ForwardTile, 1>(1), Limits<ForwardTile, 2>(16), Limits<ForwardTile, 4>(16)},
-                device, p.cols / n, bytes, 2, tile, &resident)) {
+  if (!FindTile({Limits<ForwardTile, 2>(16), Limits<ForwardTile, 4>(16)}, device, p.cols / n, bytes,
+                2, tile, &resident)) {
     return false;
   }
   // Many short-lived CTAs keep the rows in flight close together and even out multiprocessors that

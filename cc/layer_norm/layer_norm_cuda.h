@@ -30,8 +30,8 @@ struct LayerNormTile {
 // kMaxThreads * kMinCtas threads per multiprocessor, which sizes the persistent grid.
 template <int kVecs>
 struct ForwardTile {
-  static constexpr int kMaxThreads = kVecs == 1 ? 256 : 512;
-  static constexpr int kMinCtas = kVecs == 1 ? 4 : kVecs == 2 ? 2 : 1;
+  static constexpr int kMaxThreads = 512;
+  static constexpr int kMinCtas = kVecs == 2 ? 2 : 1;
 };
 
 template <int kVecs>

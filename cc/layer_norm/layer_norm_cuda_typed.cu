@@ -2,7 +2,8 @@
 // FLASHTRAIN_A and FLASHTRAIN_B are the C++ types, FLASHTRAIN_PAIR the name of the table.
 #include <atomic>
 
-#include "flashtrain/layer_norm/layer_norm_kernel.cuh"
+#include "flashtrain/layer_norm/layer_norm_backward_kernel.cuh"
+#include "flashtrain/layer_norm/layer_norm_forward_kernel.cuh"
 
 namespace flashtrain {
 namespace {
@@ -38,8 +39,6 @@ int Launch(const Params& p, const LayerNormTile& tile, void* stream) {
 template <bool kLean>
 int Forward(const LayerNormForwardParams& p, const LayerNormTile& tile, void* stream) {
   switch (tile.vecs) {
-    case 1:
-      return Launch<layer_norm_forward_kernel<A, B, 1, kLean>>(p, tile, stream);
     case 2:
       return Launch<layer_norm_forward_kernel<A, B, 2, kLean>>(p, tile, stream);
     case 4:
