@@ -55,31 +55,36 @@ std::optional<ElementType> ToElementType(dlpack::DLDataType type) {
 
 using ViewFunction = int (*)(void* py_object, DLTensor* out);
 
-// The type's non-owning view function, or null where the type has none. One type at a time is
-// remembered (a program passes torch.Tensor and little else), guarded by the GIL.
-ViewFunction FindViewFunction(PyTypeObject* type) {
-  static PyTypeObject* last_type = nullptr;
-  static ViewFunction last_function = nullptr;
-  if (type == last_type) return last_function;
-
-  ViewFunction function = nullptr;
-  py::object capsule =
+// The type's non-owning view function, or null where the type has none.
+ViewFunction LookUpViewFunction(PyTypeObject* type) {
+  const py::object capsule =
       py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
-  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
-    auto* header = static_cast<dlpack::DLPackExchangeAPIHeader*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    while (header != nullptr && header->version.major != dlpack::kMajorVersion) {
-      header = header->prev_api;
-    }
-    if (header != nullptr) {
-      function =
-          reinterpret_cast<dlpack::DLPackExchangeAPI*>(header)->dltensor_from_py_object_no_sync;
-    }
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto* header = static_cast<dlpack::DLPackExchangeAPIHeader*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (header != nullptr && header->version.major != dlpack::kMajorVersion) {
+    header = header->prev_api;
   }
-  Py_INCREF(type);  // the address must not come to name another type while it is remembered
-  Py_XDECREF(last_type);
-  last_type = type;
-  last_function = function;
+  if (header == nullptr) return nullptr;
+  return reinterpret_cast<dlpack::DLPackExchangeAPI*>(header)->dltensor_from_py_object_no_sync;
+}
+
+// The same, remembering the last two types (a program passes torch.Tensor and Parameter, and little
+// else). The GIL guards the memory.
+ViewFunction FindViewFunction(PyTypeObject* type) {
+  static struct {
+    PyTypeObject* type;
+    ViewFunction function;
+  } memory[2] = {};
+  for (const auto& entry : memory) {
+    if (entry.type == type) return entry.function;
+  }
+  const ViewFunction function = LookUpViewFunction(type);
+  PyTypeObject* forgotten = memory[1].type;
+  memory[1] = memory[0];
+  memory[0] = {type, function};
+  Py_INCREF(type);  // its address must not come to name another type while it is remembered
+  Py_XDECREF(forgotten);
   return function;
 }
 
