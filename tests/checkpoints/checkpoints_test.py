@@ -85,8 +85,10 @@ def test_damaged_newest_is_passed_over(
     assert second.startswith("continuing from step 20")
     assert train_binary.losses(run) == train_binary.losses(finished)
     # What was damaged is whole again.
-    same = [f"checkpoints/{NEWEST}/state.pt"]
-    state, expected = (torch.load(r / same[0], weights_only=True) for r in (run, finished))
+    state, expected = (
+        torch.load(r / "checkpoints" / NEWEST / "state.pt", weights_only=True)
+        for r in (run, finished)
+    )
     assert all(torch.equal(state["model"][k], v) for k, v in expected["model"].items())
 
 

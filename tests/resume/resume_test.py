@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_binary
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_binary import SMALL_MODEL
 
 INTERRUPTED = 75
@@ -42,11 +43,23 @@ def assert_same_run(run: Path, other: Path) -> None:
             assert torch.equal(state["optimizer"][name][key], tensor), (name, key)
 
 
+def assert_whole_tensorboard(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    for name, steps in (("train/loss", range(1, 25)), ("val/loss", (10, 20, 24))):
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert [event.step for event in events.Scalars(name)] == list(steps), name
+        assert logged == pytest.approx(train_binary.losses(run, name))  # TensorBoard keeps fp32
+    texts = {f"{name}/text_summary" for name in ("config", "command", "environment", "sample")}
+    assert texts <= set(events.Tags()["tensors"])
+
+
 def test_undisturbed_run_learns_and_logs_every_step(undisturbed: Path) -> None:
     losses = train_binary.losses(undisturbed)
     assert sorted(losses) == list(range(1, 25))
     assert losses[24] < losses[1]
     assert sorted(train_binary.losses(undisturbed, "val/loss")) == [10, 20, 24]
+    assert_whole_tensorboard(undisturbed)
 
 
 def test_killed_after_various_steps(
@@ -66,6 +79,7 @@ def test_killed_after_various_steps(
     assert not (run / "summary.json").exists()
     train_binary.train(*flags, "--workdir=run", cwd=tmp_path)
     assert_same_run(run, undisturbed)
+    assert_whole_tensorboard(run)
 
 
 def test_killed_during_saves(flags: tuple[str, ...], undisturbed: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
         kept = _lines_up_to(folder, step)
         self._metrics = open(folder.metrics, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._metrics.writelines(kept)
