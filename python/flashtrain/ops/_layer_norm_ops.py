@@ -119,11 +119,11 @@ def _add_norm_mask_fake(x0: Tensor, *args: Any):
 def _backward_outputs(
     x: Tensor, weight: Tensor, x0_dtype: torch.dtype, output_mask: list[bool]
 ) -> tuple[Tensor, ...]:
-    like_weight = (weight.shape, weight.dtype)
-    outputs = ((x.shape, x0_dtype), (x.shape, x.dtype), like_weight, like_weight, like_weight)
+    """dx0, dresidual, dweight, dbias, dlayerscale."""
+    likes = ((x, x0_dtype), (x, x.dtype), *(((weight, weight.dtype),) * 3))
     return tuple(
-        x.new_empty(shape if wanted else (0,), dtype=dtype)
-        for (shape, dtype), wanted in zip(outputs, output_mask)
+        _empty_like(like, dtype) if wanted else torch.empty(0, dtype=dtype, device=like.device)
+        for (like, dtype), wanted in zip(likes, output_mask)
     )
 
 
