@@ -77,7 +77,8 @@ def bench_case(
     expected = eager(*leaves)
     for name, norm in implementations(peers).items():
         outputs = norm(*leaves)
-        torch.testing.assert_close(outputs, expected, rtol=3e-2, atol=3e-2)
+        for output, reference in zip(outputs, expected):
+            _check_same(name, output.detach().float(), reference.detach().float())
 
         def forward(norm=norm):
             with torch.no_grad():
@@ -101,6 +102,13 @@ def bench_case(
             print(f"{row.case:60s} {name:8s} {row.gigabytes_per_second:8.1f} GB/s", flush=True)
         del outputs
     return table
+
+
+def _check_same(name: str, output: Tensor, expected: Tensor) -> None:
+    """A wrong result is not worth timing; bfloat16 rounding is 2e-3 of the norm."""
+    error = ((output - expected).norm() / expected.norm()).item()
+    if not error < 1e-2:
+        raise AssertionError(f"{name} differs from eager by {error:.1e} of its norm")
 
 
 def _short(dtype: torch.dtype) -> str:
