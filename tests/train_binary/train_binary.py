@@ -19,12 +19,20 @@ from flashtrain.data.token_files import write_token_files
 
 TIMEOUT_SECONDS = 240
 
-# A run of a second or two; dropout is on so that random states matter.
+# A run of a second or two on top of the quickstart, whatever that becomes; dropout is on so that
+# random states matter.
 SMALL_MODEL = (
     "--config.model.d_model=32",
     "--config.model.num_layers=2",
     "--config.model.num_heads=2",
     "--config.model.resid_dropout=0.1",
+    "--config.model.max_seq_len=128",
+    "--config.model.init_std=0.02",
+    "--config.optim.lr=0.003",
+    "--config.optim.warmup_steps=10",
+    "--config.optim.schedule=cosine",
+    "--config.optim.weight_decay=0.1",
+    "--config.trainer.precision=fp32",
     "--config.data.seq_len=32",
     "--config.data.batch_size=8",
     "--config.trainer.global_batch_size=8",
