@@ -96,10 +96,8 @@ def bench_case(
             ("backward", backward, backward_bytes),
             ("forward + backward", both, forward_bytes + backward_bytes),
         ):
-            seconds = harness.median_seconds(function, device)
-            table.append(harness.Row(f"{label}, {direction}", name, seconds, moved))
-            row = table[-1]
-            print(f"{row.case:60s} {name:8s} {row.gigabytes_per_second:8.1f} GB/s", flush=True)
+            case = f"{label}, {direction}"
+            table.append(harness.measure(case, name, function, moved, device))
         del outputs
     return table
 

@@ -1,9 +1,12 @@
 """What every benchmark shares: how time is taken, the copy ceiling, and the table that is written.
 
-Times are medians of runs with cold caches: on CUDA `triton.testing.do_bench`, on the CPU
-`time.perf_counter`, both after overwriting a buffer larger than the last-level cache. Bandwidth
-counts bytes once: every input read once and every output written once, whatever a kernel really
-moves. The ceiling is a device-to-device copy measured in the same run.
+Times are medians of runs with cold caches, after overwriting a buffer larger than the last-level
+cache. On CUDA each function is timed twice: a call as `triton.testing.do_bench` sees it, where the
+device waits for Python and for launches, and the device's own time, taken by CUDA events while the
+device is held busy until all launches are queued (as in a training step, whose host runs ahead). On
+the CPU `time.perf_counter` takes the call alone. Bandwidth counts bytes once: every input read once
+and every output written once, whatever a kernel really moves. The ceiling is a device-to-device
+copy measured in the same run.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import pathlib
 import platform
 import statistics
@@ -21,6 +25,7 @@ from collections.abc import Callable
 import torch
 
 CACHE_BYTES = 256 * 2**20  # more than any last-level cache
+HOLD_CYCLES = 4_000_000  # 2 ms at 2 GHz: far longer than any function here takes to launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +34,9 @@ class Row:
 
     case: str
     implementation: str
-    seconds: float
+    call_seconds: float
+    device_seconds: float | None  # None on the CPU
     bytes: int
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        return self.bytes / self.seconds / 1e9
 
 
 def parse_arguments(description: str, peers: tuple[str, ...]) -> argparse.Namespace:
@@ -60,8 +62,38 @@ def parse_arguments(description: str, peers: tuple[str, ...]) -> argparse.Namesp
     return arguments
 
 
-def median_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call with cold caches, after a warm-up."""
+def measure(
+    case: str,
+    implementation: str,
+    function: Callable[[], object],
+    moved_bytes: int,
+    device: torch.device,
+) -> Row:
+    """Times a function and prints the result."""
+    on_device = device_seconds(function) if device.type == "cuda" else None
+    row = Row(case, implementation, call_seconds(function, device), on_device, moved_bytes)
+    rate = moved_bytes / (on_device or row.call_seconds) / 1e9
+    print(f"{case:60s} {implementation:8s} {rate:8.1f} GB/s", flush=True)
+    return row
+
+
+def device_seconds(function: Callable[[], object]) -> float:
+    """Median time that the device works on a call whose launches were all queued before."""
+    cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(31)]
+    function()
+    for start, end in events:
+        cache.zero_()
+        torch.cuda._sleep(HOLD_CYCLES)
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def call_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call, after a warm-up."""
     if device.type == "cuda":
         import triton  # only where there is CUDA
 
@@ -81,7 +113,8 @@ def copy_ceiling(device: torch.device) -> float:
     """GB/s of a copy within the device's memory, reads and writes both counted."""
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), device)
+    copy = functools.partial(target.copy_, source)
+    seconds = device_seconds(copy) if device.type == "cuda" else call_seconds(copy, device)
     return 2 * source.numel() / seconds / 1e9
 
 
@@ -106,8 +139,12 @@ def _rounded(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def _table(rows: list[Row], ceiling: float) -> list[str]:
+def _table(rows: list[Row], ceiling: float, seconds: Callable[[Row], float]) -> list[str]:
     """A line for each case, a column for each implementation; the first one is ours."""
+
+    def rate(row: Row) -> float:
+        return row.bytes / seconds(row) / 1e9
+
     names = list(dict.fromkeys(row.implementation for row in rows))
     header = ["case", *(f"{name}, us (GB/s)" for name in names), f"{names[0]} / copy"]
     header += [f"best other / {names[0]}, time"] if len(names) > 1 else []
@@ -115,15 +152,15 @@ def _table(rows: list[Row], ceiling: float) -> list[str]:
     for case in dict.fromkeys(row.case for row in rows):
         of_case = {row.implementation: row for row in rows if row.case == case}
         ours = of_case[names[0]]
-        others = [row.seconds for name, row in of_case.items() if name != names[0]]
+        others = [seconds(row) for name, row in of_case.items() if name != names[0]]
         cells = [
-            f"{of_case[name].seconds * 1e6:.1f} ({_rounded(of_case[name].gigabytes_per_second)})"
+            f"{seconds(of_case[name]) * 1e6:.1f} ({_rounded(rate(of_case[name]))})"
             if name in of_case
             else "-"
             for name in names
         ]
-        cells.append(f"{ours.gigabytes_per_second / ceiling:.2f}")
-        cells += [f"{min(others) / ours.seconds:.2f}"] if others else []
+        cells.append(f"{rate(ours) / ceiling:.2f}")
+        cells += [f"{min(others) / seconds(ours):.2f}"] if others else []
         lines.append([case, *cells])
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -133,6 +170,12 @@ def report(what: str, rows: list[Row], ceiling: float, arguments: argparse.Names
     name = device_name(arguments.device)
     versions = {p: _version(p) for p in ("torch", "triton", "liger-kernel")}
     today = datetime.date.today()
+    call_table = _table(rows, ceiling, lambda row: row.call_seconds)
+    if all(row.device_seconds for row in rows):
+        device_table = _table(rows, ceiling, lambda row: row.device_seconds or 0.0)
+        tables = ["## On the device", "", *device_table, "", "## As called", "", *call_table]
+    else:
+        tables = call_table
     text = "\n".join(
         [
             f"# {what}",
@@ -144,7 +187,7 @@ def report(what: str, rows: list[Row], ceiling: float, arguments: argparse.Names
             f"Python {platform.python_version()}",
             f"- ceiling: copy at {_rounded(ceiling)} GB/s, measured in this run",
             "",
-            *_table(rows, ceiling),
+            *tables,
             "",
         ]
     )
