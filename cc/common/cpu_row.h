@@ -120,6 +120,18 @@ inline void StoreFloat(const float* __restrict__ src, int64_t n, void* base, DTy
   }
 }
 
+// Rounds n fp32 values in place to values that the dtype holds.
+inline void RoundRow(DType dtype, int64_t n, float* __restrict__ x) {
+  if (dtype == DType::kFloat32) return;
+  constexpr int64_t kChunk = 256;
+  uint16_t rounded[kChunk];
+  for (int64_t i = 0; i < n; i += kChunk) {
+    const int64_t size = n - i < kChunk ? n - i : kChunk;
+    StoreFloat(x + i, size, rounded, dtype, 0);
+    LoadFloat(rounded, dtype, 0, size, x + i);
+  }
+}
+
 // A running fp32 sum kept in independent lanes: vectorises without -ffast-math, in a fixed order.
 struct LaneSum {
   static constexpr int kLanes = 32;

@@ -125,6 +125,18 @@ __device__ __forceinline__ float4 LoadScalar4(const void* base, DType dtype, int
   }
 }
 
+// The nearest fp32 value that the dtype holds.
+__device__ __forceinline__ float RoundTo(DType dtype, float value) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return value;
+    case DType::kFloat16:
+      return __half2float(__float2half_rn(value));
+    default:
+      return __bfloat162float(__float2bfloat16_rn(value));
+  }
+}
+
 __device__ __forceinline__ void StoreScalar(float value, void* base, DType dtype, int64_t index) {
   switch (dtype) {
     case DType::kFloat32:

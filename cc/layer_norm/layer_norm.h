@@ -9,7 +9,9 @@
 // Sennrich 2019 (arXiv:1910.07467).
 //
 // Numerics: all arithmetic is fp32; the variance is taken around the mean, never as E[x^2] -
-// E[x]^2; z is computed from x before x is rounded to its dtype. NaN and inf propagate as in torch.
+// E[x]^2. x is rounded to x_dtype before it is normalised, as separate ops would do, whether or not
+// it is written: so backward, which reads x, sees what forward normalised, and a row of equal
+// elements has variance 0 in both. NaN and inf propagate as in torch.
 // Results are bitwise deterministic for one device type and model: no atomics.
 //
 // Cost: memory bound. Each input is read once and each output written once for cols <= 16384 where
@@ -41,7 +43,7 @@ namespace flashtrain {
 // - [rows, cols] tensors have unit column stride and the given row stride, in elements,
 //   stride >= cols (any where rows is 1). Other tensors are contiguous.
 // - Outputs overlap neither inputs nor each other.
-// - A dtype field is read only where a pointer of that dtype is given.
+// - A dtype field is read only where a pointer of that dtype is given, but for x_dtype.
 
 struct LayerNormForwardParams {
   int64_t rows = 0;  // >= 0

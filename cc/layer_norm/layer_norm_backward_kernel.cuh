@@ -80,7 +80,7 @@ __device__ __forceinline__ float2 BackwardSums(const LayerNormBackwardParams& p,
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       const float xhat = (x[i] - statistics.mean) * statistics.rstd;
-      const float wdz = dz[i] * w[i];
+      const float wdz = __fmul_rn(dz[i], w[i]);  // never fused: both passes see the same number
       sums.x += xhat * wdz;
       sums.y += wdz;
       grads.dweight[v][i] += dz[i] * xhat;
@@ -111,7 +111,7 @@ __device__ __forceinline__ void BackwardStore(const LayerNormBackwardParams& p,
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       const float xhat = (x[i] - statistics.mean) * statistics.rstd;
-      g[i] = statistics.rstd * (dz[i] * w[i] - means.y - xhat * means.x);
+      g[i] = statistics.rstd * (__fmul_rn(dz[i], w[i]) - means.y - xhat * means.x);
     }
     if (p.dx != nullptr) {
       float dx[kN];

@@ -93,6 +93,7 @@ const float* ForwardSum(const LayerNormForwardParams& p,
           for (int64_t i = 0; i < n; ++i) x[i] = loaded[i] + residual[i];
         }
       }
+      if (scaled || p.residual != nullptr) RoundRow(p.x_dtype, n, x);  // "Numerics" in layer_norm.h
     }
     const float* __restrict__ x = x_row + col;
     sum->Add(n, [x](int64_t i) { return x[i]; });

@@ -35,7 +35,7 @@ __device__ float ElementX(const LayerNormForwardParams& p,
   if (p.residual != nullptr) {
     x += LoadScalar(p.residual, p.x_dtype, row * p.residual_row_stride + col);
   }
-  return x;
+  return RoundTo(p.x_dtype, x);  // see "Numerics" in layer_norm.h
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t col = group.thread; col < p.cols; col += kThreads) {
       const float dz = LoadScalar(p.dz, p.z_dtype, row * p.dz_row_stride + col);
       const float x = LoadScalar(p.x, p.x_dtype, row * p.x_row_stride + col);
-      const float wdz = dz * WeightAt(p, col);
+      const float wdz = __fmul_rn(dz, WeightAt(p, col));  // never fused, as below
       sums.x += (x - mean) * rstd * wdz;
       sums.y += wdz;
     }
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
       const float dz = LoadScalar(p.dz, p.z_dtype, row * p.dz_row_stride + col);
       const float x = LoadScalar(p.x, p.x_dtype, row * p.x_row_stride + col);
       const float xhat = (x - mean) * rstd;
-      float g = rstd * (dz * WeightAt(p, col) - c2 - xhat * c1);
+      float g = rstd * (__fmul_rn(dz, WeightAt(p, col)) - c2 - xhat * c1);
       if (p.dx != nullptr) g += LoadScalar(p.dx, p.x_dtype, row * p.dx_row_stride + col);
       dweight.Add(col, dz * xhat);
       dbias.Add(col, dz);

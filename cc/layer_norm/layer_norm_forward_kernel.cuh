@@ -73,6 +73,7 @@ __device__ __forceinline__ float ForwardSum(const LayerNormForwardParams& p,
 #pragma unroll
       for (int i = 0; i < kN; ++i) x[v][i] += residual[i];
     }
+    ToFloat(FromFloat<TX>(x[v]), x[v]);  // see "Numerics" in layer_norm.h
 #pragma unroll
     for (int i = 0; i < kN; ++i) sum += x[v][i];
   }

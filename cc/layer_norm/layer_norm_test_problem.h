@@ -203,10 +203,10 @@ class Reference {
       ExpectNear(rstd[row], rstd_, 4 * rstd_, kF32, "rstd", row, 0);
       for (int64_t col = 0; col < c_.cols; ++col) {
         const double w = Weight(col), b = c_.bias ? p_.bias.At(0, col) : 0.0;
-        const double normed = (x_[col] - mean_) * rstd_;
-        const double size =
-            (std::abs(x_[col]) + std::abs(mean_)) * rstd_ * std::abs(w) + std::abs(b);
-        ExpectNear(p_.x.At(row, col), x_[col], std::abs(x_[col]) + 1, c_.x, "x", row, col);
+        const double x = p_.x.At(row, col);
+        const double normed = (x - mean_) * rstd_;
+        const double size = (std::abs(x) + std::abs(mean_)) * rstd_ * std::abs(w) + std::abs(b);
+        ExpectNear(x, x_[col], std::abs(x_[col]) + 1, c_.x, "x", row, col);
         ExpectNear(p_.z.At(row, col), normed * w + b, size, c_.z, "z", row, col);
         if (c_.dropout > 0) {
           EXPECT(mask[row * c_.cols + col] == IsKept(c_.dropout, row, col))
@@ -268,7 +268,7 @@ class Reference {
     }
   }
 
-  // x, the factor of x0 before layerscale, mean and rstd of a row.
+  // x before rounding, the factor of x0 before layerscale, and the mean and rstd of the stored x.
   void ComputeRow(int64_t row) {
     double sum = 0, squares = 0;
     for (int64_t col = 0; col < c_.cols; ++col) {
@@ -279,10 +279,13 @@ class Reference {
       x_[col] = p_.x0.At(row, col) * scale_[col];
       if (c_.layerscale) x_[col] *= p_.layerscale.At(0, col);
       if (c_.residual) x_[col] += p_.residual.At(row, col);
-      sum += x_[col];
+      sum += p_.x.At(row, col);
     }
     mean_ = c_.rms ? 0.0 : sum / c_.cols;
-    for (const double x : x_) squares += (x - mean_) * (x - mean_);
+    for (int64_t col = 0; col < c_.cols; ++col) {
+      const double centered = p_.x.At(row, col) - mean_;
+      squares += centered * centered;
+    }
     rstd_ = 1.0 / std::sqrt(squares / c_.cols + kEpsilon);
   }
 
