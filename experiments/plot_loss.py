@@ -14,7 +14,9 @@ import matplotlib.pyplot as plt
 from absl import app, flags
 from tensorboard.backend.event_processing import event_accumulator
 
-_RUNS = flags.DEFINE_list("runs", None, "Run folders, each with an optional label: label=folder,...")
+_RUNS = flags.DEFINE_list(
+    "runs", None, "Run folders, each with an optional label: label=folder,..."
+)
 _OUT = flags.DEFINE_string("out", "loss.svg", "The picture to write: .svg, .png or .pdf.")
 flags.mark_flag_as_required("runs")
 
@@ -47,7 +49,12 @@ def main(argv: list[str]) -> None:
         (line,) = axes.plot(steps, losses, linewidth=1, alpha=0.6, label=f"{label} train".strip())
         steps, losses = read_scalars(path, "val/loss")
         axes.plot(
-            steps, losses, "o-", color=line.get_color(), markersize=3, label=f"{label} validation".strip()
+            steps,
+            losses,
+            "o-",
+            color=line.get_color(),
+            markersize=3,
+            label=f"{label} validation".strip(),
         )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)

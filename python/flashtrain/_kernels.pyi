@@ -4,7 +4,8 @@ A tensor is anything that speaks DLPack: an object whose type has `__dlpack_c_ex
 (torch), a capsule of `torch.utils.dlpack.to_dlpack`, or an object with `__dlpack__` (numpy).
 Outputs are tensors that the caller allocates; None in their place means "not wanted". All tensors
 of a call are on one device; matrices are [..., cols] with adjacent columns and one stride from row
-to row, all else is contiguous. `stream` is a cudaStream_t as an int (0: the default stream; ignored on CPU).
+to row, all else is contiguous. `stream` is a cudaStream_t as an int (0: the default stream; ignored
+on CPU).
 Calls release the GIL, and on CUDA only enqueue.
 
 Raises ValueError for an argument that does not fit (its name, what came, what is supported),

@@ -132,3 +132,21 @@ def pip_install(rctx, python, requirements, target, args = ["--only-binary=:all:
         # The end, and without the warnings, such as one for each retry and each folder that holds no such package.
         details = [line[:300] for line in output.split("\n") if line.strip() and not line.startswith("WARNING")]
         fail("%s\npip said:\n%s" % (explain_failure(python, output), "\n".join(details[-20:])))
+
+def site_packages_module(rctx, python, module):
+    """Where --config=site_packages has a package.
+
+    Args:
+      rctx: the repository context; $FLASHTRAIN_SITE_PACKAGES is 1 or a folder.
+      python: the interpreter whose own packages 1 means.
+      module: the package's import name.
+
+    Returns:
+      Its folder, or "" if it is not there.
+    """
+    wanted = rctx.os.environ["FLASHTRAIN_SITE_PACKAGES"]
+    if "/" in wanted:
+        folder = wanted + "/" + module
+        return folder if rctx.path(folder).exists else ""
+    script = "import importlib.util as u; s = u.find_spec('%s'); print(s.submodule_search_locations[0] if s else '')" % module
+    return rctx.execute([python, "-c", script], environment = {"PYTHONPATH": ""}).stdout.strip()

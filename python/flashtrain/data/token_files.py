@@ -23,7 +23,7 @@ FORMAT = "flashtrain-tokens"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 # Checksums of larger files are not computed at every start: reading 17 GB takes a minute.
 VERIFY_AT_LOAD_BYTES = 256 * 2**20
