@@ -1,66 +1,71 @@
-"""Draws the loss curves of runs from their TensorBoard logs.
+"""Draws the loss curves of runs.
 
 Example:
   tools/bazel run //experiments:plot_loss -- --runs=runs/quickstart/20260102-030405 --out=loss.svg
 """
 
-import os
-import pathlib
+import json
+import sys
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from absl import app, flags
-from tensorboard.backend.event_processing import event_accumulator
 
-_RUNS = flags.DEFINE_list(
-    "runs", None, "Run folders, each with an optional label: label=folder,..."
-)
-_OUT = flags.DEFINE_string("out", "loss.svg", "The picture to write: .svg, .png or .pdf.")
-flags.mark_flag_as_required("runs")
+from experiments import command_line
+
+_RUNS = flags.DEFINE_list("runs", [], "run folders, each with an optional label: label=folder,...")
+_OUT = flags.DEFINE_string("out", "loss.svg", "the picture to write: .svg, .png or .pdf")
 
 
-def user_path(path: str) -> pathlib.Path:
-    """A path relative to the folder that the command was given in (`bazel run` changes it)."""
-    return pathlib.Path(os.environ.get("BUILD_WORKING_DIRECTORY", ".")) / path
+def read_scalar(run: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a scalar in a run's metrics.jsonl, without those that were not finite."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [entry for entry in map(json.loads, lines) if entry.get(name) is not None]
+    return [entry["step"] for entry in entries], [entry[name] for entry in entries]
 
 
-def read_scalars(run: pathlib.Path, tag: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one TensorBoard scalar, in step order; empty if the run has none."""
-    accumulator = event_accumulator.EventAccumulator(str(run), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    if tag not in accumulator.Tags()["scalars"]:
-        return [], []
-    by_step = {e.step: e.value for e in accumulator.Scalars(tag)}  # a resumed run logs a step again
-    return sorted(by_step), [by_step[step] for step in sorted(by_step)]
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+def draw(runs: list[tuple[str, Path]], out: Path) -> None:
+    """One training curve and one validation curve for each (label, run folder)."""
+    plt.rcParams["svg.hashsalt"] = "flashtrain"  # the same picture has the same bytes
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for run in _RUNS.value:
-        label, _, folder = run.rpartition("=")
-        path = user_path(folder)
-        steps, losses = read_scalars(path, "train/loss")
-        if not steps:
-            raise app.UsageError(f"{path} holds no TensorBoard log with the scalar train/loss")
-        (line,) = axes.plot(steps, losses, linewidth=1, alpha=0.6, label=f"{label} train".strip())
-        steps, losses = read_scalars(path, "val/loss")
+    for label, run in runs:
+        train = axes.plot(
+            *read_scalar(run, "train/loss"), linewidth=1, alpha=0.6, label=f"{label} train".strip()
+        )
         axes.plot(
-            steps,
-            losses,
+            *read_scalar(run, "val/loss"),
             "o-",
-            color=line.get_color(),
-            markersize=3,
+            color=train[0].get_color(),
+            markersize=4,
             label=f"{label} validation".strip(),
         )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(user_path(_OUT.value), dpi=150)
-    print(user_path(_OUT.value))
+    figure.savefig(out, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
+def main(argv: list[str]) -> None:
+    command_line.enter_user_folder()
+    if len(argv) > 1 or not _RUNS.value:
+        sys.exit(
+            "plot_loss: --runs=[label=]<folder>,... names the runs to draw; --help shows the flags"
+        )
+    runs = []
+    for run in _RUNS.value:
+        label, _, folder = run.rpartition("=")
+        if not Path(folder, "metrics.jsonl").is_file():
+            sys.exit(f"plot_loss: {folder} is no run folder: it has no metrics.jsonl")
+        runs.append((label, Path(folder)))
+    out = Path(_OUT.value)
+    try:
+        draw(runs, out)
+    except (OSError, ValueError) as error:  # ValueError: matplotlib does not know the file's ending
+        sys.exit(f"plot_loss: cannot write {out}: {error}")
+    print(out.absolute())
 
 
 if __name__ == "__main__":

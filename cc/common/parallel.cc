@@ -12,6 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "flashtrain/common/openmp.h"
+
 namespace flashtrain {
 namespace {
 
@@ -133,6 +135,7 @@ void ParallelFor(int64_t num_tasks, const std::function<void(int64_t)>& task) {
     task(i);
     inside_task = false;
   };
+  if (RunOnOpenMp(num_tasks, marked, threads)) return;
   if (!GetPool().TryRun(num_tasks, marked, threads - 1)) RunInline(num_tasks, task);
 }
 

@@ -1,4 +1,4 @@
-// A thread pool for CPU ops.
+// Threads for CPU ops: OpenMP's where the process has loaded them (see openmp.h), else a pool.
 //
 // The pool is made on first use. A call from inside a task, or while another thread's call is
 // running, runs its tasks inline: nothing waits for a busy pool, so nothing can deadlock on it. In

@@ -6,7 +6,8 @@ Command: tools/bazel run //experiments:train -- --config=configs/gpt2s.py
 Variants: plain (every fusion off, for comparison).
 Hardware: 8 GPUs; the micro batch follows their memory, the global batch is always 512 windows of
     1024.
-Speed: 3.7M tokens/s and 16 h on 8 H100 at 40% of their bf16 peak (computed, not measured).
+Speed: 0.47M tokens/s on one H100, 0.95M on two H200, 41% of their bf16 peak (measured in bf16, see
+    experiments/benchmarks/results); so 3.8M tokens/s and 15 h on 8 (computed).
 Data: a prepared folder in ${DATA_DIR}/openwebtext, or --config.data.path.
 """
 

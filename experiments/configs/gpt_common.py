@@ -75,7 +75,6 @@ def _gpt_config(
     config.trainer = ml_collections.ConfigDict()
     config.trainer.devices = 0
     config.trainer.grad_clip = 1.0
-    config.trainer.compile = False
     config.trainer.seed = 1111
     config.trainer.save_every = 1000
     config.trainer.log_every = 10
@@ -98,7 +97,7 @@ def gpt2_config(
     config = _gpt_config(
         num_layers=num_layers, d_model=d_model, num_heads=num_heads, seq_len=1024, lr=lr
     )
-    config.model.fused = "plain" not in variants
+    config.model.fused = config.trainer.compile = "plain" not in variants
 
     config.data.source = "openwebtext"
     config.data.batch_size = micro_batch(micro_batches)
@@ -141,7 +140,7 @@ def gpt3_config(
     config = _gpt_config(
         num_layers=num_layers, d_model=d_model, num_heads=num_heads, seq_len=seq_len, lr=lr
     )
-    config.model.fused = "plain" not in variants
+    config.model.fused = config.trainer.compile = "plain" not in variants
 
     micro, global_batch_size = micro_batch(micro_batches), 512 if large else 256
     if long_context:  # the same tokens in windows four times as long

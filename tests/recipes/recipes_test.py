@@ -27,6 +27,7 @@ TINY = (
     "--config.trainer.global_batch_size=2",
     "--config.trainer.max_steps=1",
     "--config.trainer.sample_tokens=2",
+    "--config.trainer.compile=false",  # on a CPU it needs a C++ compiler and half a minute
     "--config.trainer.device=cpu",
 )
 

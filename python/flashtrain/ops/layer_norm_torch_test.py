@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -110,6 +111,20 @@ def test_twice_the_same_bits() -> None:
         runs.append(results_and_gradients(inputs, case.ours(inputs)))
     for name, value in runs[0].items():
         assert torch.equal(runs[1][name], value), name
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="about CPU threads")
+def test_runs_on_the_threads_of_torch() -> None:
+    """A second pool would fight with torch's for the cores."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        torch.ones(2**20).sum()  # now torch's threads are there
+        num_threads = len(os.listdir("/proc/self/task"))
+        ln.layer_norm(torch.randn(4096, 256), torch.ones(256), torch.zeros(256), 1e-5)
+        assert len(os.listdir("/proc/self/task")) == num_threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="about CPU threads")
