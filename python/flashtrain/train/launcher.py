@@ -104,11 +104,16 @@ def run_main(main: Callable[[], int | None]) -> int:
         text, code = f"error: {' '.join(str(error).split())}", error.exit_code
     except Exception:  # a defect: its traceback is the message
         text, code = traceback.format_exc().rstrip(), 1
+    rank = os.environ.get("RANK")
     if launched:
         _write_error_file(text, code)
     elif text:
-        rank = os.environ.get("RANK")
         print(text if rank is None else f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+    if rank is not None:
+        # Without the teardown of a process group whose other members may be gone: its threads have
+        # been seen to abort the process with a message of their own.
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 
@@ -133,8 +138,9 @@ def _report_first_cause(failures: dict[int, Any], log_dir: Path) -> int:
         failures: the ranks that torch.distributed.elastic saw failing, each with its `exitcode`.
         log_dir: holds the error files, `.../<local rank>/error.json`, also of ranks it did not see.
     """
-    # A rank that was killed or has a user's error is what the other ranks have stumbled over.
-    silent, user_error, defect = range(3)
+    # A rank that was killed or has a user's error is what the other ranks have stumbled over; one
+    # that SIGTERM has ended was stopped by the launcher, for what another rank had to say.
+    silent, user_error, defect, stopped = range(4)
     causes = []
     spoken = set()
     for path in log_dir.rglob("error.json"):
@@ -151,7 +157,8 @@ def _report_first_cause(failures: dict[int, Any], log_dir: Path) -> int:
             causes.append((user_error, content["time"], text, code))
     for rank, failure in failures.items():
         if rank not in spoken:
-            causes.append((silent, 0.0, _silent_death(rank, failure.exitcode), 1))
+            kind = stopped if failure.exitcode == -signal.SIGTERM else silent
+            causes.append((kind, 0.0, _silent_death(rank, failure.exitcode), 1))
     *_, text, code = min(causes)
     if text:
         print(text, file=sys.stderr, flush=True)
