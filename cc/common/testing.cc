@@ -24,6 +24,7 @@ std::vector<std::string>& Scopes() {
 }
 
 long checks = 0, failures = 0;
+bool small_run = false;
 constexpr long kMaxPrinted = 20;
 
 }  // namespace
@@ -44,10 +45,24 @@ Check::~Check() {
   std::fprintf(stderr, "\n");
 }
 
+bool IsSmallRun() { return small_run; }
+
 Scope::Scope(std::string text) { Scopes().push_back(std::move(text)); }
 Scope::~Scope() { Scopes().pop_back(); }
 
-int RunTests(const char* filter) {
+int RunTests(int argc, char** argv) {
+  const char* filter = nullptr;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "--small") == 0) {
+      small_run = true;
+    } else if (argv[i][0] == '-' || filter != nullptr) {
+      std::fprintf(stderr, "%s: unknown argument \"%s\"; supported: [--small] [part of a name]\n",
+                   argv[0], argv[i]);
+      return 2;
+    } else {
+      filter = argv[i];
+    }
+  }
   int passed = 0, failed = 0;
   for (const TestCase& test : Tests()) {
     if (filter != nullptr && std::strstr(test.name, filter) == nullptr) continue;
@@ -64,6 +79,4 @@ int RunTests(const char* filter) {
 
 }  // namespace flashtrain::testing
 
-int main(int argc, char** argv) {
-  return flashtrain::testing::RunTests(argc > 1 ? argv[1] : nullptr);
-}
+int main(int argc, char** argv) { return flashtrain::testing::RunTests(argc, argv); }

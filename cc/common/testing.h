@@ -3,7 +3,8 @@
 //   TEST(Name) { EXPECT(1 + 1 == 2) << "why"; }
 //
 // Link //cc/common:testing, whose main() runs every TEST and fails if one failed or none checked
-// anything. An argument runs only the tests whose name contains it.
+// anything. An argument runs only the tests whose name contains it; --small makes IsSmallRun()
+// true.
 #pragma once
 
 #include <memory>
@@ -31,6 +32,10 @@ class Check {
  private:
   std::unique_ptr<std::ostringstream> message_;  // null: it holds
 };
+
+// Whether long sweeps take fewer of their cases (--small): under a sanitizer a test runs ten to a
+// hundred times slower. Every kernel is still launched, with rows and columns to spare.
+bool IsSmallRun();
 
 // Names what later checks of this scope are about, in their messages.
 class Scope {

@@ -34,3 +34,23 @@ def pytest_test(name, srcs, deps = [], gpu = False, args = [], tags = [], env = 
         python_version = "PY3",
         **kwargs
     )
+
+def pytest_cpu_and_gpu_tests(names, deps, size = "medium", **kwargs):
+    """<name>_test.py of each name, as <name>_test on the CPU and as <name>_gpu_test on CUDA.
+
+    Args:
+      names: what the tests are of.
+      deps: py_library targets.
+      size: as in py_test.
+      **kwargs: further arguments of pytest_test.
+    """
+    for name in names:
+        for suffix, gpu in [("_test", False), ("_gpu_test", True)]:
+            pytest_test(
+                name = name + suffix,
+                size = size,
+                srcs = [name + "_test.py"],
+                deps = deps,
+                gpu = gpu,
+                **kwargs
+            )

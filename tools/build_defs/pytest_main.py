@@ -21,6 +21,10 @@ def main() -> int:
         args.append(f"--junitxml={xml}")
     if test_filter := os.environ.get("TESTBRIDGE_TEST_ONLY"):
         args += ["-k", test_filter]
+    if folder := os.environ.get("TEST_TMPDIR"):
+        # Where packages keep caches in the user's home, which a sandbox does not let them write to.
+        os.environ.setdefault("HF_HOME", os.path.join(folder, "huggingface"))
+        os.environ.setdefault("MPLCONFIGDIR", os.path.join(folder, "matplotlib"))
     counter = PassedCounter()
     status = pytest.main(args, plugins=[counter])
     if status == 0 and counter.passed == 0:
