@@ -14,9 +14,10 @@
 // elements has variance 0 in both. NaN and inf propagate as in torch.
 // Results are bitwise deterministic for one device type and model: no atomics.
 //
-// Cost: memory bound. Each input is read once and each output written once for cols <= 16384 where
-// rows are 16-byte aligned and cols is a multiple of 8; other shapes take a slower path that reads
-// its inputs up to three times. Backward also moves LayerNormBackwardWorkspaceBytes twice.
+// Cost: memory bound. Each input is read once and each output written once for cols <= 16384
+// (backward with a float32 tensor: 8192) where rows, weight and bias are 16-byte aligned and cols
+// is a multiple of 8; other shapes take a slower path that reads its inputs up to three times.
+// Backward also moves LayerNormBackwardWorkspaceBytes twice.
 //
 // Dropout: the mask is a pure function of (seed, offset, row, col), the same on every device (see
 // common/philox.h), so backward regenerates it. Kept values are scaled by 1 / (1 - dropout_p).
@@ -133,7 +134,7 @@ struct LayerNormBackwardParams {
   void* dresidual = nullptr;  // [rows, cols], x_dtype; null: not written
   int64_t dresidual_row_stride = 0;
 
-  // Summed over rows in fp32 in a fixed order, then rounded.
+  // Summed over rows in fp32 (CPU: 32 of them, then in fp64) in a fixed order, then rounded.
   void* dweight = nullptr;      // [cols], weight_dtype; null: not wanted
   void* dbias = nullptr;        // [cols], weight_dtype; null: not wanted
   void* dlayerscale = nullptr;  // [cols], weight_dtype; null: not wanted; needs layerscale and x0

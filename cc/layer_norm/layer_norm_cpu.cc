@@ -2,7 +2,6 @@
 #include "flashtrain/layer_norm/layer_norm_cpu.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "flashtrain/common/cpu_isa.h"
 #include "flashtrain/common/parallel.h"
@@ -68,26 +67,37 @@ void LayerNormForwardCpu(const LayerNormForwardParams& p) {
 
 int64_t LayerNormBackwardWorkspaceBytesCpu(const LayerNormBackwardParams& p) {
   return RowTasks(p.rows, p.cols).count * WantedGradients(p).count * p.cols *
-         static_cast<int64_t>(sizeof(float));
+         static_cast<int64_t>(sizeof(double));
 }
 
 void LayerNormBackwardCpu(const LayerNormBackwardParams& p) {
   const LayerNormCpuKernels& kernels = Kernels();
   const RowTasks tasks(p.rows, p.cols);
   const WantedGradients wanted(p);
-  float* partials = static_cast<float*>(p.workspace);  // [tasks, wanted, cols]
+  double* partials = static_cast<double*>(p.workspace);  // [tasks, wanted, cols]
   const int64_t task_stride = wanted.count * p.cols;
+  // The error of a sum grows with its longest chain of fp32 additions: kGroup, however many rows.
+  constexpr int64_t kGroup = 32;
   ParallelFor(tasks.count, [&](int64_t task) {
     const int64_t begin = task * tasks.rows_per_task;
     const int64_t end = std::min(p.rows, begin + tasks.rows_per_task);
-    float* mine = partials + task * task_stride;
-    if (task_stride > 0) std::memset(mine, 0, task_stride * sizeof(float));
-    float* partial[3];
+    double* mine = partials + task * task_stride;
+    float* scratch = ThreadScratch(2 * p.cols + task_stride);
+    float* sums = scratch + 2 * p.cols;
+    float* sum[3];
     for (int i = 0; i < 3; ++i) {
-      partial[i] = wanted.index[i] < 0 ? nullptr : mine + wanted.index[i] * p.cols;
+      sum[i] = wanted.index[i] < 0 ? nullptr : sums + wanted.index[i] * p.cols;
     }
-    kernels.backward_rows(p, begin, end, partial[0], partial[1], partial[2],
-                          ThreadScratch(2 * p.cols));
+    for (int64_t first = begin; first < end; first += kGroup) {
+      std::fill_n(sums, task_stride, 0.0f);
+      const int64_t last = std::min(end, first + kGroup);
+      kernels.backward_rows(p, first, last, sum[0], sum[1], sum[2], scratch);
+      if (first == begin) {
+        std::copy_n(sums, task_stride, mine);
+      } else {
+        kernels.add_sums(sums, task_stride, mine);
+      }
+    }
   });
   constexpr int64_t kColsPerTask = 4096;
   const int64_t col_tasks = (p.cols + kColsPerTask - 1) / kColsPerTask;

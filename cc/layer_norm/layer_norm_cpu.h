@@ -17,13 +17,15 @@ struct LayerNormCpuKernels {
   // Rows [begin, end). scratch: [cols].
   void (*forward_rows)(const LayerNormForwardParams& params, int64_t begin, int64_t end,
                        float* scratch);
-  // Rows [begin, end); adds their weight gradients to each [cols] partial that is not null.
+  // Rows [begin, end); adds their weight gradients to each [cols] sum that is not null.
   // scratch: [2, cols].
   void (*backward_rows)(const LayerNormBackwardParams& params, int64_t begin, int64_t end,
                         float* dweight, float* dbias, float* dlayerscale, float* scratch);
-  // Columns [begin, end) of grad = the sum over partials, in order. partials: [count] pointers, at
-  // `stride` floats from each other.
-  void (*reduce_columns)(const float* partials, int64_t count, int64_t stride, int64_t begin,
+  // totals += sums, of n each.
+  void (*add_sums)(const float* sums, int64_t n, double* totals);
+  // Columns [begin, end) of grad = the sum over `count` partials, in order, which are `stride`
+  // doubles from each other.
+  void (*reduce_columns)(const double* partials, int64_t count, int64_t stride, int64_t begin,
                          int64_t end, void* grad, DType dtype);
 };
 

@@ -66,18 +66,24 @@ struct Scales {
   }
 };
 
-// Writes x and the mask where wanted. Returns a row's x in fp32: in `scratch`, or x0 itself.
+// Writes x and the mask where wanted. Returns a row's x in fp32: x0 or x itself, or in `scratch`.
 const float* ForwardSum(const LayerNormForwardParams& p,
                         const Scales<LayerNormForwardParams>& scales, int64_t row, float* scratch,
                         LaneSum* sum) {
   const bool scaled = p.rowscale != nullptr || p.dropout_p > 0.0f || p.layerscale != nullptr;
-  const bool in_place = p.x0_dtype == DType::kFloat32 && !scaled && p.residual == nullptr;
-  const float* x_row = in_place ? static_cast<const float*>(p.x0) + row * p.x0_row_stride : scratch;
+  const bool is_x0 = !scaled && p.residual == nullptr;  // x is x0
+  const bool in_place = is_x0 && p.x0_dtype == DType::kFloat32;
+  float* const fp32_x = p.x != nullptr && p.x_dtype == DType::kFloat32 && !in_place
+                            ? static_cast<float*>(p.x) + row * p.x_row_stride
+                            : nullptr;
+  float* const sum_row = fp32_x != nullptr ? fp32_x : scratch;
+  const float* const x_row =
+      in_place ? static_cast<const float*>(p.x0) + row * p.x0_row_stride : sum_row;
   for (int64_t col = 0; col < p.cols; col += kBlock) {
     const int64_t n = Min(kBlock, p.cols - col);
     float buffer[kBlock], keep[kBlock];
     if (!in_place) {
-      float* __restrict__ x = scratch + col;
+      float* __restrict__ x = sum_row + col;
       const float* loaded = LoadFloat(p.x0, p.x0_dtype, row * p.x0_row_stride + col, n, x);
       if (scaled) {
         if (loaded != x) std::memcpy(x, loaded, n * sizeof(float));
@@ -93,11 +99,19 @@ const float* ForwardSum(const LayerNormForwardParams& p,
           for (int64_t i = 0; i < n; ++i) x[i] = loaded[i] + residual[i];
         }
       }
-      if (scaled || p.residual != nullptr) RoundRow(p.x_dtype, n, x);  // "Numerics" in layer_norm.h
     }
-    const float* __restrict__ x = x_row + col;
+    const float* x = x_row + col;
+    if (p.x != nullptr && fp32_x == nullptr) {
+      StoreFloat(x, n, p.x, p.x_dtype, row * p.x_row_stride + col);
+    }
+    if (!is_x0 && p.x_dtype != DType::kFloat32) {  // rounded: "Numerics" in layer_norm.h
+      if (p.x == nullptr) {
+        RoundRow(p.x_dtype, n, scratch + col);
+      } else {
+        LoadFloat(p.x, p.x_dtype, row * p.x_row_stride + col, n, scratch + col);
+      }
+    }
     sum->Add(n, [x](int64_t i) { return x[i]; });
-    if (p.x != nullptr) StoreFloat(x, n, p.x, p.x_dtype, row * p.x_row_stride + col);
     if (p.dropout_mask != nullptr) {
       uint8_t* __restrict__ mask = p.dropout_mask + row * p.cols + col;
       for (int64_t i = 0; i < n; ++i) mask[i] = p.dropout_p == 0.0f || keep[i] != 0.0f;
@@ -217,14 +231,22 @@ void BackwardRows(const LayerNormBackwardParams& p, int64_t begin, int64_t end, 
   for (int64_t row = begin; row < end; ++row) BackwardRow(p, scales, row, grads, scratch);
 }
 
-void ReduceColumns(const float* partials, int64_t count, int64_t stride, int64_t begin, int64_t end,
-                   void* grad, DType dtype) {
+void AddSums(const float* __restrict__ sums, int64_t n, double* __restrict__ totals) {
+  for (int64_t i = 0; i < n; ++i) totals[i] += sums[i];
+}
+
+void ReduceColumns(const double* partials, int64_t count, int64_t stride, int64_t begin,
+                   int64_t end, void* grad, DType dtype) {
   for (int64_t col = begin; col < end; col += kBlock) {
     const int64_t n = Min(kBlock, end - col);
-    float sum[kBlock];
-    for (int64_t i = 0; i < n; ++i) sum[i] = 0.0f;
-    for (int64_t k = 0; k < count; ++k) Add(sum, partials + k * stride + col, n);
-    StoreFloat(sum, n, grad, dtype, col);
+    double sum[kBlock] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      const double* __restrict__ partial = partials + k * stride + col;
+      for (int64_t i = 0; i < n; ++i) sum[i] += partial[i];
+    }
+    float rounded[kBlock];
+    for (int64_t i = 0; i < n; ++i) rounded[i] = static_cast<float>(sum[i]);
+    StoreFloat(rounded, n, grad, dtype, col);
   }
 }
 
@@ -233,6 +255,6 @@ void ReduceColumns(const float* partials, int64_t count, int64_t stride, int64_t
 #define FLASHTRAIN_CONCAT_(a, b) a##b
 #define FLASHTRAIN_CONCAT(a, b) FLASHTRAIN_CONCAT_(a, b)
 const LayerNormCpuKernels FLASHTRAIN_CONCAT(kLayerNormCpuKernels, FLASHTRAIN_CPU_ISA_NAME) = {
-    ForwardRows, BackwardRows, ReduceColumns};
+    ForwardRows, BackwardRows, AddSums, ReduceColumns};
 
 }  // namespace flashtrain

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <initializer_list>
+#include <limits>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -22,7 +22,7 @@ Status FromCuda(int error, const char* what) {
 }
 
 struct DeviceLimits {
-  int multiprocessors = 0;
+  int multiprocessors = 0, compute_capability_major = 0;
   int shared_per_cta = 0, shared_per_multiprocessor = 0;  // bytes
 };
 
@@ -40,6 +40,7 @@ Status GetDeviceLimits(DeviceLimits* limits) {
   }
   const std::pair<cudaDeviceAttr, int*> wanted[] = {
       {cudaDevAttrMultiProcessorCount, &limits->multiprocessors},
+      {cudaDevAttrComputeCapabilityMajor, &limits->compute_capability_major},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits->shared_per_cta},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &limits->shared_per_multiprocessor}};
   for (const auto& [attribute, value] : wanted) {
@@ -68,42 +69,52 @@ struct TileLimits {
   int vecs, max_warps, max_threads, min_ctas;
 };
 
-template <template <int> class Tile, int kVecs>
+template <int kVecs>
 constexpr TileLimits Limits(int max_warps) {
-  return {kVecs, max_warps, Tile<kVecs>::kMaxThreads, Tile<kVecs>::kMinCtas};
+  return {kVecs, max_warps, BackwardTile<kVecs>::kMaxThreads, BackwardTile<kVecs>::kMinCtas};
 }
 
-// Bytes of shared memory per vector: its part of a pipeline slot, and its fp32 weight and bias.
-struct VecBytes {
-  int slot, columns;
-};
+template <typename Params>
+bool IsUnscaled(const Params& p) {
+  return p.dropout_p == 0.0f && p.rowscale == nullptr && p.layerscale == nullptr;
+}
 
-// The first of `choices` that is wide enough, with up to `max_stages` stages, and how many of
-// its CTAs the device holds. False: none is wide enough, or there is no whole vector.
-bool FindTile(std::initializer_list<TileLimits> choices, const DeviceLimits& device,
-              int64_t vectors, VecBytes bytes, int max_stages, LayerNormTile* tile,
-              int* resident_ctas) {
+int CountGradients(const LayerNormBackwardParams& p) {
+  return (p.dweight != nullptr) + (p.dbias != nullptr) + (p.dlayerscale != nullptr);
+}
+
+// Fills in the first kernel that is wide enough, as many rows a CTA and CTAs as the device holds,
+// and up to 3 stages of shared memory. False: none is wide enough, or there is no whole vector.
+bool FindBackwardTile(const DeviceLimits& device, const LayerNormBackwardParams& p, int n,
+                      LayerNormTile* tile) {
+  constexpr int kMaxStages = 3;
   constexpr int kReservedBytes = 6144;  // of shared memory, per CTA: the system's and static arrays
+  const TileLimits choices[] = {Limits<1>(8), Limits<2>(16), Limits<4>(16)};
+  const int slot_bytes = n * (DTypeSize(p.z_dtype) + 2 * DTypeSize(p.x_dtype));
+  const int64_t vectors = p.cols / n;
   if (vectors == 0) return false;
+  tile->num_grads = CountGradients(p);
+  tile->lean = IsUnscaled(p) && p.x0_dtype == p.z_dtype;
   for (const TileLimits& limits : choices) {
     if (vectors > int64_t{32} * limits.vecs * limits.max_warps) continue;
     tile->vecs = limits.vecs;
-    tile->warps = static_cast<int>((vectors + 32 * limits.vecs - 1) / (32 * limits.vecs));
+    tile->warps = static_cast<int>(CeilDivide(vectors, 32 * limits.vecs));
     tile->groups = std::min(limits.max_threads / (32 * tile->warps), LayerNormTile::kMaxGroups);
     const int threads = 32 * tile->warps * tile->groups;
-    const int stage_bytes = threads * limits.vecs * bytes.slot;
-    const int column_bytes = 32 * tile->warps * limits.vecs * bytes.columns;
+    const int stage_bytes = threads * limits.vecs * slot_bytes;
+    const int weight_bytes = 32 * tile->warps * limits.vecs * n * static_cast<int>(sizeof(float));
     int resident = limits.max_threads * limits.min_ctas / threads;
     resident =
         std::max(1, std::min(resident, device.shared_per_multiprocessor /
-                                           (2 * stage_bytes + column_bytes + kReservedBytes)));
+                                           (2 * stage_bytes + weight_bytes + kReservedBytes)));
     const int budget =
         std::min(device.shared_per_cta, device.shared_per_multiprocessor / resident) -
         kReservedBytes;
-    tile->stages = std::min(max_stages, (budget - column_bytes) / stage_bytes);
+    tile->stages = std::min(kMaxStages, (budget - weight_bytes) / stage_bytes);
     if (tile->stages < 1) return false;
-    tile->shared_bytes = tile->stages * stage_bytes + column_bytes;
-    *resident_ctas = resident * device.multiprocessors;
+    tile->shared_bytes = tile->stages * stage_bytes + weight_bytes;
+    tile->ctas = static_cast<int>(std::min<int64_t>(int64_t{resident} * device.multiprocessors,
+                                                    CeilDivide(p.rows, tile->groups)));
     return true;
   }
   return false;
@@ -120,6 +131,7 @@ bool IsVectorizable(const LayerNormForwardParams& p, int n) {
          IsAligned(p.residual, p.residual_row_stride, p.x_dtype, n) &&
          IsAligned(p.z, p.z_row_stride, p.z_dtype, n) &&
          IsAligned(p.x, p.x_row_stride, p.x_dtype, n) &&
+         IsAligned(p.weight, 0, p.weight_dtype, n) && IsAligned(p.bias, 0, p.weight_dtype, n) &&
          reinterpret_cast<uintptr_t>(p.dropout_mask) % 4 == 0;
 }
 
@@ -139,42 +151,40 @@ int GeneralCtas(int64_t rows, const DeviceLimits& device) {
       std::min<int64_t>(rows, int64_t{kGeneralCtasPerMultiprocessor} * device.multiprocessors));
 }
 
-int CountGradients(const LayerNormBackwardParams& p) {
-  return (p.dweight != nullptr) + (p.dbias != nullptr) + (p.dlayerscale != nullptr);
+template <int kN, bool kLean>
+constexpr int MaxForwardThreads(int vecs) {
+  return vecs == 2   ? ForwardTile<2, kN, kLean>::kMaxThreads
+         : vecs == 3 ? (kLean ? 0 : ForwardTile<3, kN, kLean>::kMaxThreads)
+                     : ForwardTile<4, kN, kLean>::kMaxThreads;
 }
 
-bool FindForwardTile(const DeviceLimits& device, const LayerNormForwardParams& p, int n,
-                     LayerNormTile* tile) {
-  const int64_t slot = n * (DTypeSize(p.x0_dtype) + DTypeSize(p.x_dtype));
-  const VecBytes bytes = {static_cast<int>(slot), 2 * n * 4};
-  int resident = 0;
-  if (!FindTile({Limits<ForwardTile, 2>(16), Limits<ForwardTile, 4>(16)}, device, p.cols / n, bytes,
-                2, tile, &resident)) {
-    return false;
-  }
-  // Many short-lived CTAs keep the rows in flight close together and even out multiprocessors that
-  // fall behind; 8 rows share the reading of the weight. Few rows are spread over all CTAs.
-  const int64_t blocks = CeilDivide(p.rows, tile->groups);
-  const int64_t max_steps = std::max(2, 8 / tile->groups);
-  const int64_t steps = std::clamp<int64_t>(CeilDivide(blocks, resident), 1, max_steps);
-  tile->steps = static_cast<int>(steps);
-  tile->ctas = static_cast<int>(CeilDivide(blocks, steps));
-  return true;
+int MaxForwardWarps(int n, bool lean, int vecs) {
+  const int threads =
+      n == 4 ? (lean ? MaxForwardThreads<4, true>(vecs) : MaxForwardThreads<4, false>(vecs))
+             : (lean ? MaxForwardThreads<8, true>(vecs) : MaxForwardThreads<8, false>(vecs));
+  return threads / 32;
 }
 
-bool FindBackwardTile(const DeviceLimits& device, const LayerNormBackwardParams& p, int n,
-                      LayerNormTile* tile) {
-  const int64_t slot = n * (DTypeSize(p.z_dtype) + 2 * DTypeSize(p.x_dtype));
-  const VecBytes bytes = {static_cast<int>(slot), n * 4};
-  tile->num_grads = CountGradients(p);
-  int resident = 0;
-  if (!FindTile(
-          {Limits<BackwardTile, 1>(8), Limits<BackwardTile, 2>(16), Limits<BackwardTile, 4>(16)},
-          device, p.cols / n, bytes, 3, tile, &resident)) {
-    return false;
+// The kernel that leaves the fewest threads without a vector, the narrowest of equals, and about
+// 128 threads a CTA. False: none is wide enough, or the grid would be too large.
+bool FindForwardTile(const LayerNormForwardParams& p, int n, LayerNormTile* tile) {
+  constexpr int kThreads = 128;
+  tile->lean = IsUnscaled(p) && p.dropout_mask == nullptr && p.z_dtype == p.x0_dtype;
+  const int64_t vectors = p.cols / n;
+  int64_t fewest_idle = 0;
+  for (const int vecs : {2, 3, 4}) {
+    const int64_t warps = CeilDivide(vectors, 32 * vecs), idle = 32 * vecs * warps - vectors;
+    if (warps > MaxForwardWarps(n, tile->lean, vecs)) continue;
+    if (tile->vecs != 0 && idle >= fewest_idle) continue;
+    fewest_idle = idle;
+    tile->vecs = vecs;
+    tile->warps = static_cast<int>(warps);
   }
-  tile->ctas = static_cast<int>(std::min<int64_t>(resident, CeilDivide(p.rows, tile->groups)));
-  return true;
+  if (tile->vecs == 0) return false;
+  tile->groups = std::max(1, kThreads / (32 * tile->warps));
+  const int64_t ctas = CeilDivide(p.rows, tile->groups);
+  tile->ctas = static_cast<int>(ctas);
+  return ctas <= std::numeric_limits<int>::max();
 }
 
 }  // namespace
@@ -186,7 +196,7 @@ Status LayerNormForwardCuda(const LayerNormForwardParams& p, void* stream) {
   const LayerNormCudaKernels* kernels = FindKernels(p.x0_dtype, p.x_dtype);
   LayerNormTile tile;
   if (kernels != nullptr && IsVectorizable(p, kernels->vec_elements) &&
-      FindForwardTile(device, p, kernels->vec_elements, &tile)) {
+      FindForwardTile(p, kernels->vec_elements, &tile)) {
     return FromCuda(kernels->forward(p, tile, stream), "forward launch");
   }
   const int ctas = GeneralCtas(p.rows, device);
@@ -221,7 +231,8 @@ Status LayerNormBackwardCuda(const LayerNormBackwardParams& p, void* stream) {
     FLASHTRAIN_RETURN_IF_ERROR(
         FromCuda(LaunchLayerNormBackwardGeneral(p, tile.ctas, stream), "backward launch"));
   }
-  return FromCuda(LaunchLayerNormReduce(p, tile.ctas, stream), "gradient sum launch");
+  return FromCuda(LaunchLayerNormReduce(p, tile.ctas, device.compute_capability_major >= 9, stream),
+                  "gradient sum launch");
 }
 
 }  // namespace flashtrain

@@ -154,6 +154,9 @@ __global__ void __launch_bounds__(kReduceCols* kReduceRows)
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kReduceCols + threadIdx.x;
   const int64_t stride = gridDim.y * cols;
   float sum = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // for the partials, where launched early
+#endif
   if (col < cols) {
     const float* partial = partials + blockIdx.y * cols + col;
 #pragma unroll 8
@@ -187,18 +190,26 @@ int LaunchLayerNormBackwardGeneral(const LayerNormBackwardParams& p, int ctas, v
   return cudaGetLastError();
 }
 
-int LaunchLayerNormReduce(const LayerNormBackwardParams& p, int ctas, void* stream) {
+int LaunchLayerNormReduce(const LayerNormBackwardParams& p, int ctas, bool early_launch,
+                          void* stream) {
   ReduceTargets targets = {};
   int num_grads = 0;
   for (void* grad : {p.dweight, p.dbias, p.dlayerscale}) {
     if (grad != nullptr) targets.grad[num_grads++] = grad;
   }
   if (num_grads == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>((p.cols + kReduceCols - 1) / kReduceCols), num_grads);
-  layer_norm_reduce_kernel<<<grid, dim3(kReduceCols, kReduceRows), 0,
-                             static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const float*>(p.workspace), ctas, p.cols, targets, p.weight_dtype);
-  return cudaGetLastError();
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>((p.cols + kReduceCols - 1) / kReduceCols), num_grads);
+  config.blockDim = dim3(kReduceCols, kReduceRows);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = early_launch ? 1 : 0;
+  return cudaLaunchKernelEx(&config, layer_norm_reduce_kernel,
+                            static_cast<const float*>(p.workspace), ctas, p.cols, targets,
+                            p.weight_dtype);
 }
 
 }  // namespace flashtrain

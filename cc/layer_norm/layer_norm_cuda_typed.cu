@@ -41,6 +41,11 @@ int Forward(const LayerNormForwardParams& p, const LayerNormTile& tile, void* st
   switch (tile.vecs) {
     case 2:
       return Launch<layer_norm_forward_kernel<A, B, 2, kLean>>(p, tile, stream);
+    case 3:
+      if constexpr (!kLean) {
+        return Launch<layer_norm_forward_kernel<A, B, 3, kLean>>(p, tile, stream);
+      }
+      return cudaErrorInvalidConfiguration;
     case 4:
       return Launch<layer_norm_forward_kernel<A, B, 4, kLean>>(p, tile, stream);
     default:
@@ -62,19 +67,12 @@ int Backward(const LayerNormBackwardParams& p, const LayerNormTile& tile, void* 
   }
 }
 
-template <typename Params>
-bool IsUnscaled(const Params& p) {
-  return p.dropout_p == 0.0f && p.rowscale == nullptr && p.layerscale == nullptr;
-}
-
 int ForwardAny(const LayerNormForwardParams& p, const LayerNormTile& tile, void* stream) {
-  const bool lean = IsUnscaled(p) && p.dropout_mask == nullptr && p.z_dtype == p.x0_dtype;
-  return lean ? Forward<true>(p, tile, stream) : Forward<false>(p, tile, stream);
+  return tile.lean ? Forward<true>(p, tile, stream) : Forward<false>(p, tile, stream);
 }
 
 int BackwardAny(const LayerNormBackwardParams& p, const LayerNormTile& tile, void* stream) {
-  const bool lean = IsUnscaled(p) && p.x0_dtype == p.z_dtype;
-  return lean ? Backward<true>(p, tile, stream) : Backward<false>(p, tile, stream);
+  return tile.lean ? Backward<true>(p, tile, stream) : Backward<false>(p, tile, stream);
 }
 
 }  // namespace

@@ -3,15 +3,14 @@
 // Layout. A CTA is `groups` groups of `warps` warps (run-time numbers; see LayerNormTile). It takes
 // `groups` rows at a time, a row per group, and its groups go through them in step. A thread owns
 // the same columns of every row, kVecs vectors of N elements: vector v of thread t starts at column
-// (v * group size + t) * N. Each thread copies its vectors of the next rows into shared memory
-// ahead of time (`stages` slots), so loads stay in flight while a row is reduced and written. The
-// weight and bias lie in shared memory as fp32, so a row costs no conversion of them.
+// (v * group size + t) * N.
 //
-// Forward CTAs take `steps` consecutive blocks of rows each, so that the rows in flight on the
-// device are close together. Backward CTAs are persistent and sum the weight gradients of a
-// thread's columns over their rows in registers; then the groups of a CTA add theirs up in shared
-// memory and the CTA writes one partial, [grads, cols], which layer_norm_reduce_kernel sums over
-// CTAs. Nothing is atomic, so the result is bitwise reproducible.
+// Backward CTAs are persistent. Each thread copies its vectors of the next rows into shared memory
+// ahead of time (`stages` slots), so loads stay in flight while a row is reduced and written; the
+// weight lies in shared memory as fp32, so a row costs no conversion of it. The weight gradients of
+// a thread's columns are summed over its rows in registers; then the groups of a CTA add theirs up
+// in shared memory and the CTA writes one partial, [grads, cols], which layer_norm_reduce_kernel
+// sums over CTAs. Nothing is atomic, so the result is bitwise reproducible.
 //
 // kLean variants leave out what most calls do not use, dropout, scales and unusual output dtypes:
 // at these bandwidths instructions are scarce (about 80 per element and multiprocessor).
@@ -33,6 +32,39 @@ namespace flashtrain {
 template <typename A, typename B>
 constexpr int VecElements() {
   return 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
+}
+
+// For device code, which may not call VecElements.
+template <typename A, typename B>
+struct Elements {
+  static constexpr int kVec = VecElements<A, B>();
+};
+
+template <typename T, int N>
+__device__ __forceinline__ RawVec<T, N> LoadRaw(const void* base, int64_t index) {
+  return *reinterpret_cast<const RawVec<T, N>*>(static_cast<const T*>(base) + index);
+}
+
+// Elements [col, col + N) of an aligned [cols] tensor of any dtype; all `absent` if it is null.
+template <int N>
+__device__ __forceinline__ void LoadColumns(const void* base, DType dtype, int col, float absent,
+                                            float (&out)[N]) {
+  if (base == nullptr) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = absent;
+  } else if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      float part[4];
+      ToFloat(LoadRaw<float, 4>(base, col + i), part);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[i + j] = part[j];
+    }
+  } else if (dtype == DType::kFloat16) {
+    ToFloat(LoadRaw<__half, N>(base, col), out);
+  } else {
+    ToFloat(LoadRaw<__nv_bfloat16, N>(base, col), out);
+  }
 }
 
 // Dropout, row scale and layer scale of one row.
