@@ -1,0 +1,59 @@
+// The kernels of one dtype, compiled once for each: FLASHTRAIN_TYPE is the C++ type,
+// FLASHTRAIN_TABLE the name of the table.
+#include <atomic>
+
+#include "flashtrain/cross_entropy/cross_entropy_kernel.cuh"
+
+namespace flashtrain {
+namespace {
+
+using T = FLASHTRAIN_TYPE;
+
+// More than 48 KiB of shared memory, static arrays included, has to be allowed, once per device.
+template <auto kKernel>
+cudaError_t AllowSharedMemory(int bytes) {
+  constexpr int kDefaultBytes = 44 * 1024, kMaxDevices = 64;
+  if (bytes <= kDefaultBytes) return cudaSuccess;
+  static std::atomic<int> allowed[kMaxDevices];
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (device < kMaxDevices && allowed[device].load() >= bytes) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && device < kMaxDevices) allowed[device].store(bytes);
+  return error;
+}
+
+template <CrossEntropyPass kPass, bool kKeep>
+int LaunchPass(const CrossEntropyParams& p, const CrossEntropyLaunch& launch, void* stream) {
+  constexpr CrossEntropyTile kTile = CrossEntropyTileOf(kPass, kKeep);
+  constexpr auto kKernel =
+      cross_entropy_kernel<T, kPass, kKeep, kTile.unroll, kTile.max_threads, kTile.min_ctas>;
+  const cudaError_t error = AllowSharedMemory<kKernel>(launch.shared_bytes);
+  if (error != cudaSuccess) return error;
+  kKernel<<<launch.ctas, launch.threads, launch.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      p);
+  return cudaGetLastError();
+}
+
+int Launch(const CrossEntropyParams& p, CrossEntropyPass pass, const CrossEntropyLaunch& launch,
+           void* stream) {
+  switch (pass) {
+    case CrossEntropyPass::kForward:
+      return LaunchPass<CrossEntropyPass::kForward, false>(p, launch, stream);
+    case CrossEntropyPass::kBackward:
+      return LaunchPass<CrossEntropyPass::kBackward, false>(p, launch, stream);
+    case CrossEntropyPass::kForwardBackward:
+      break;
+  }
+  if (launch.shared_bytes > 0) {
+    return LaunchPass<CrossEntropyPass::kForwardBackward, true>(p, launch, stream);
+  }
+  return LaunchPass<CrossEntropyPass::kForwardBackward, false>(p, launch, stream);
+}
+
+}  // namespace
+
+const CrossEntropyCudaKernels FLASHTRAIN_TABLE = {Launch};
+
+}  // namespace flashtrain
