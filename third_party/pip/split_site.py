@@ -22,7 +22,8 @@ import sys
 from collections.abc import Iterator
 
 TORCH = "torch"
-_SHARES_TORCH_SITE = re.compile(r"(torch|triton|nvidia_.*|cuda_.*)$")
+# But for nvidia-ml-py, which is plain Python and asks the driver.
+_SHARES_TORCH_SITE = re.compile(r"(torch|triton|nvidia_(?!ml_py$).*|cuda_.*)$")
 # What a distribution uses without saying so: torch warns at every start when there is no numpy.
 _UNSAID_REQUIREMENTS = {"torch": {"numpy"}}
 # A package of its own inside the folder would hide its files from Bazel; torch's wheel ships one.
