@@ -3,11 +3,23 @@
 #include <pybind11/pybind11.h>
 
 #include "flashtrain/common/parallel.h"
+#include "python/flashtrain/bindings/adamw_binding.h"
+#include "python/flashtrain/bindings/attention_binding.h"
+#include "python/flashtrain/bindings/cross_entropy_binding.h"
+#include "python/flashtrain/bindings/fused_dense_binding.h"
 #include "python/flashtrain/bindings/layer_norm_binding.h"
+#include "python/flashtrain/bindings/rotary_binding.h"
+#include "python/flashtrain/bindings/scale_binding.h"
 
 PYBIND11_MODULE(_kernels, module) {
   module.doc() = "flashtrain's C++ and CUDA kernels; signatures in _kernels.pyi.";
   module.def("set_num_threads", &flashtrain::SetNumThreads, pybind11::arg("num_threads"));
   module.def("get_num_threads", &flashtrain::GetNumThreads);
+  flashtrain::bindings::RegisterAdamW(module);
+  flashtrain::bindings::RegisterCrossEntropy(module);
+  flashtrain::bindings::RegisterFusedDense(module);
+  flashtrain::bindings::RegisterAttention(module);
   flashtrain::bindings::RegisterLayerNorm(module);
+  flashtrain::bindings::RegisterRotary(module);
+  flashtrain::bindings::RegisterScale(module);
 }

@@ -40,6 +40,30 @@ void RowwiseOperands::RngState(const char* name, py::handle object, const uint64
   *data = arg.data<const uint64_t>();
 }
 
+void RowwiseOperands::RowsOrOne(const char* name, py::handle object, const float** data,
+                                int64_t* stride) {
+  if (object.is_none()) return;
+  const TensorArg arg = Read(name, object);
+  arg.ExpectShape(first_.shape(), first_.ndim() - 1);
+  arg.ExpectFloat(DType::kFloat32);
+  bool one = arg.ndim() > 0;
+  for (int i = 0; i < arg.ndim(); ++i) one = one && (arg.stride(i) == 0 || arg.size(i) == 1);
+  if (!one) arg.ExpectContiguous();
+  *stride = one ? 0 : 1;
+  *data = arg.data<const float>();
+}
+
+void RowwiseOperands::Labels(const char* name, py::handle object, const void** data,
+                             bool* is_int32) {
+  if (object.is_none()) return;
+  const TensorArg arg = Read(name, object);
+  arg.ExpectShape(first_.shape(), first_.ndim() - 1);
+  *is_int32 = arg.element_type() == ElementType::kInt32;
+  if (!*is_int32) arg.ExpectElementType(ElementType::kInt64);
+  arg.ExpectContiguous();
+  *data = arg.data<const void>();
+}
+
 int64_t RowwiseOperands::CheckMatrix(const TensorArg& arg, std::optional<DType>* dtype) const {
   arg.ExpectShape(first_.shape(), first_.ndim());
   CheckDType(arg, dtype);

@@ -70,6 +70,12 @@ class RowwiseOperands {
     Rows(name, object, data, &dtype);
   }
 
+  // float32, one element for each row, contiguous, or all of them one element (stride 0).
+  void RowsOrOne(const char* name, pybind11::handle object, const float** data, int64_t* stride);
+
+  // int64 or int32, one element for each row, contiguous.
+  void Labels(const char* name, pybind11::handle object, const void** data, bool* is_int32);
+
   // {seed, offset}: int64 [2].
   void RngState(const char* name, pybind11::handle object, const uint64_t** data);
 

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace flashtrain::bindings {
+
+// scale.
+void RegisterScale(pybind11::module_& module);
+
+}  // namespace flashtrain::bindings
