@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashtrain import _kernels
-from flashtrain.ops._library import as_rows, launch_context, register, to_kernel
+from flashtrain.ops._library import as_rows, eager, launch_context, register, to_kernel
 
 # --- Kernels and fakes ----------------------------------------------------------------------------
 
@@ -48,9 +48,10 @@ def _run_forward(
     epsilon: float,
     is_rms_norm: bool,
     zero_centered_weight: bool,
+    z_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills x and mask where they are wanted; returns (z, mean, rstd)."""
-    z, mean, rstd = _forward_outputs(x0, is_rms_norm)
+    z, mean, rstd = _forward_outputs(x0, is_rms_norm, z_dtype)
     _kernels.layer_norm_forward(
         _rows(x0),
         _rows(residual),
@@ -77,18 +78,20 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _forward_outputs(x0: Tensor, is_rms_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_outputs(
+    x0: Tensor, is_rms_norm: bool, z_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     rstd = x0.new_empty(x0.shape[:-1], dtype=torch.float32)
     mean = x0.new_empty((0,), dtype=torch.float32) if is_rms_norm else torch.empty_like(rstd)
-    return _empty_like(x0, x0.dtype), mean, rstd
+    return _empty_like(x0, z_dtype), mean, rstd
 
 
 def _norm_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any):
     return _run_forward(None, None, x, None, weight, bias, None, None, None, 0.0, *options)
 
 
-def _norm_fake(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight):
-    return _forward_outputs(x, is_rms_norm)
+def _norm_fake(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, z_dtype):
+    return _forward_outputs(x, is_rms_norm, z_dtype)
 
 
 def _add_norm_kernel(x0: Tensor, *args: Any):
@@ -99,8 +102,8 @@ def _add_norm_kernel(x0: Tensor, *args: Any):
 
 
 def _add_norm_fake(x0: Tensor, *args: Any):
-    *_, is_rms_norm, _, x_dtype = args
-    z, mean, rstd = _forward_outputs(x0, is_rms_norm)
+    *_, is_rms_norm, _, z_dtype, x_dtype = args
+    z, mean, rstd = _forward_outputs(x0, is_rms_norm, z_dtype)
     return z, _empty_like(x0, x_dtype), mean, rstd
 
 
@@ -183,12 +186,12 @@ def _backward_fake(dz, dx, x, x0, mean, rstd, weight, *args):
 _ADD_NORM_ARGS = (
     "Tensor x0, Tensor? residual, Tensor weight, Tensor? bias, Tensor? rowscale, "
     "Tensor? layerscale, Tensor? rng_state, float dropout_p, float epsilon, bool is_rms_norm, "
-    "bool zero_centered_weight, ScalarType x_dtype"
+    "bool zero_centered_weight, ScalarType z_dtype, ScalarType x_dtype"
 )
 
 layer_norm_forward = register(
     "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool is_rms_norm, "
-    "bool zero_centered_weight) -> (Tensor z, Tensor mean, Tensor rstd)",
+    "bool zero_centered_weight, ScalarType z_dtype) -> (Tensor z, Tensor mean, Tensor rstd)",
     _norm_kernel,
     _norm_fake,
 )
@@ -214,6 +217,12 @@ layer_norm_backward = register(
 )
 
 
+_norm = eager(layer_norm_forward, _norm_kernel)
+_add_norm = eager(dropout_add_layer_norm_forward, _add_norm_kernel)
+_add_norm_mask = eager(dropout_add_layer_norm_mask_forward, _add_norm_mask_kernel)
+_backward = eager(layer_norm_backward, _backward_kernel)
+
+
 # --- Autograd -------------------------------------------------------------------------------------
 
 
@@ -221,10 +230,8 @@ class Norm(torch.autograd.Function):
     """z = norm(x). Saves x, weight, mean and rstd."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, epsilon, is_rms_norm, zero_centered_weight):
-        z, mean, rstd = layer_norm_forward(
-            x, weight, bias, epsilon, is_rms_norm, zero_centered_weight
-        )
+    def forward(ctx, x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, z_dtype):
+        z, mean, rstd = _norm(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, z_dtype)
         ctx.save_for_backward(x, weight, None if is_rms_norm else mean, rstd)
         ctx.options = (is_rms_norm, zero_centered_weight)
         return z
@@ -234,7 +241,7 @@ class Norm(torch.autograd.Function):
     def backward(ctx, dz):
         x, weight, mean, rstd = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx, _, dweight, dbias, _ = layer_norm_backward(
+        dx, _, dweight, dbias, _ = _backward(
             dz, None, x, None, mean, rstd, weight, None, None, None, 0.0, *ctx.options, x.dtype,
             [need_x, False, need_weight, need_bias, False],
         )  # fmt: skip
@@ -242,9 +249,7 @@ class Norm(torch.autograd.Function):
             dx if need_x else None,
             dweight if need_weight else None,
             dbias if need_bias else None,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -254,17 +259,17 @@ class DropoutAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x0, residual, weight, bias, rowscale, layerscale, rng_state, dropout_p, epsilon,
-        is_rms_norm, zero_centered_weight, x_dtype, with_mask,
+        is_rms_norm, zero_centered_weight, z_dtype, x_dtype, with_mask,
     ):  # fmt: skip
         args = (
             x0, residual, weight, bias, rowscale, layerscale, rng_state, dropout_p, epsilon,
-            is_rms_norm, zero_centered_weight, x_dtype,
+            is_rms_norm, zero_centered_weight, z_dtype, x_dtype,
         )  # fmt: skip
         if with_mask:
-            z, x, mean, rstd, mask = dropout_add_layer_norm_mask_forward(*args)
+            z, x, mean, rstd, mask = _add_norm_mask(*args)
             ctx.mark_non_differentiable(mask)
         else:
-            z, x, mean, rstd = dropout_add_layer_norm_forward(*args)
+            z, x, mean, rstd = _add_norm(*args)
             mask = None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -278,6 +283,7 @@ class DropoutAddNorm(torch.autograd.Function):
             rng_state,
         )
         ctx.options = (dropout_p, is_rms_norm, zero_centered_weight, x0.dtype)
+        ctx.z_dtype = z_dtype
         return z, x, mask
 
     @staticmethod
@@ -293,8 +299,8 @@ class DropoutAddNorm(torch.autograd.Function):
             rng_state is None and rowscale is None and layerscale is None and x0_dtype == x.dtype
         )
         if dz is None:
-            dz = x.new_zeros(x.shape, dtype=x0_dtype)
-        dx0, dresidual, dweight, dbias, dlayerscale = layer_norm_backward(
+            dz = x.new_zeros(x.shape, dtype=ctx.z_dtype)
+        dx0, dresidual, dweight, dbias, dlayerscale = _backward(
             dz, dx, x, x0, mean, rstd, weight, rowscale, layerscale, rng_state, *ctx.options,
             [
                 need_x0 or (shared and need_residual),
@@ -313,5 +319,5 @@ class DropoutAddNorm(torch.autograd.Function):
             dbias if need_bias else None,
             None,
             dlayerscale if need_layerscale else None,
-            *[None] * 7,
+            *[None] * 8,
         )

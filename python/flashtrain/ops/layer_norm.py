@@ -3,8 +3,9 @@
     x = layerscale * dropout(rowscale * x0) + residual
     z = norm(x) * weight + bias
 
-The public functions have flash-attn's names and arguments (`flash_attn.ops.layer_norm`,
-`flash_attn.ops.rms_norm`). docs/layer_norm.md tells numerics, cost and errors.
+The public functions have the names and arguments of `flash_attn.ops.layer_norm`,
+`flash_attn.ops.rms_norm` and `flash_attn.ops.triton.layer_norm`. docs/layer_norm.md tells numerics,
+cost and errors.
 
 Dtypes: x0 float32, float16 or bfloat16; residual, and with it x, float32 or x0's; weight, bias and
 layerscale all float32 or all x0's; rowscale float32 or x0's. z has x0's dtype. All arithmetic is
@@ -17,132 +18,103 @@ D is the hidden size; the leading dimensions count as rows.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashtrain.ops._layer_norm_ops import DropoutAddNorm, Norm
+from flashtrain.ops import _layer_norm_calls as calls
+from flashtrain.ops._arguments import checked
+from flashtrain.ops._layer_norm_calls import NormOptions
+from flashtrain.ops._layer_norm_fn import layer_norm_fn, rms_norm_fn
+from flashtrain.ops._layer_norm_modules import (
+    DropoutAddLayerNorm,
+    DropoutAddLayerNormParallelResidual,
+    DropoutAddRMSNorm,
+    DropoutAddRMSNormParallelResidual,
+    RMSNorm,
+)
+from flashtrain.ops._layer_norm_subset import dropout_add_norm_subset
 
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _check(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, x0: Tensor) -> None:
-    """`dtype` is what is supported besides float32."""
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{name}: got shape {list(tensor.shape)}; supported: {list(shape)}, to fit x0 "
-            f"{list(x0.shape)}"
-        )
-    if tensor.dtype != dtype and tensor.dtype != torch.float32:
-        raise ValueError(f"{name}: got dtype {tensor.dtype}; supported: torch.float32 or {dtype}")
-    if tensor.device != x0.device:
-        raise ValueError(f"{name}: is on {tensor.device}; supported: x0's device, {x0.device}")
-
-
-def _check_arguments(
-    x0: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    rowscale: Tensor | None,
-    layerscale: Tensor | None,
-) -> None:
-    if x0.dtype not in _FLOAT_DTYPES:
-        supported = ", ".join(map(str, _FLOAT_DTYPES))
-        raise ValueError(f"x0: got dtype {x0.dtype}; supported: {supported}")
-    if not (x0.is_cuda or x0.is_cpu or x0.is_meta):
-        raise ValueError(f"x0: is on {x0.device}; supported: cpu, cuda")
-    if x0.dim() == 0 or x0.shape[-1] == 0:
-        raise ValueError(
-            f"x0: got shape {list(x0.shape)}; supported: [..., D] with D, the size that is "
-            "normalised, at least 1"
-        )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: got {dropout_p}; supported: at least 0 and less than 1")
-    columns = x0.shape[-1:]
-    _check("weight", weight, columns, x0.dtype, x0)
-    if residual is not None:
-        _check("residual", residual, x0.shape, x0.dtype, x0)
-    for name, vector in (("bias", bias), ("layerscale", layerscale)):
-        if vector is not None:
-            _check(name, vector, columns, x0.dtype, x0)
-            if vector.dtype != weight.dtype:
-                raise ValueError(
-                    f"{name}: got dtype {vector.dtype}; supported: weight's, {weight.dtype}"
-                )
-    if rowscale is not None:
-        _check("rowscale", rowscale, x0.shape[:-1], x0.dtype, x0)
-        if rowscale.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "rowscale: requires grad, and has no gradient here; supported: a tensor that does "
-                "not, rowscale.detach()"
-            )
+__all__ = [
+    "DropoutAddLayerNorm",
+    "DropoutAddLayerNormParallelResidual",
+    "DropoutAddRMSNorm",
+    "DropoutAddRMSNormParallelResidual",
+    "RMSNorm",
+    "dropout_add_layer_norm",
+    "dropout_add_layer_norm_parallel_residual",
+    "dropout_add_layer_norm_subset",
+    "dropout_add_rms_norm",
+    "dropout_add_rms_norm_parallel_residual",
+    "dropout_add_rms_norm_subset",
+    "layer_norm",
+    "layer_norm_fn",
+    "rms_norm",
+    "rms_norm_fn",
+]
 
 
 def _dropout_add_norm(
-    x0: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    epsilon: float,
-    rowscale: Tensor | None = None,
-    layerscale: Tensor | None = None,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    return_dropout_mask: bool = False,
-    *,
-    is_rms_norm: bool,
-    zero_centered_weight: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    _check_arguments(x0, residual, weight, bias, dropout_p, rowscale, layerscale)
-    x_dtype = torch.float32 if residual_in_fp32 else x0.dtype
-    if residual is not None:
-        x_dtype = residual.dtype
-    use_dropout = dropout_p > 0.0
-
-    mask = None
-    if (
-        residual is None
-        and rowscale is None
-        and layerscale is None
-        and not use_dropout
-        and x_dtype == x0.dtype
-    ):
-        x = x0
-        z = Norm.apply(x0, weight, bias, epsilon, is_rms_norm, zero_centered_weight)
-    else:
-        rng_state = None
-        if use_dropout:
-            # {seed, offset} on the op's device, from torch's own generator of it: manual_seed, CUDA
-            # graphs, torch.compile and checkpointing treat it as any random number.
-            rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=x0.device)
-        z, x, mask = DropoutAddNorm.apply(
-            x0,
-            residual,
-            weight,
-            bias,
-            rowscale,
-            layerscale,
-            rng_state,
-            dropout_p,
-            epsilon,
-            is_rms_norm,
-            zero_centered_weight,
-            x_dtype,
-            return_dropout_mask and use_dropout,
-        )
+    x0, residual, weight, bias, dropout_p, epsilon, rowscale, layerscale, prenorm,
+    residual_in_fp32, return_dropout_mask, *, is_rms_norm: bool,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    z, x, mask = calls.dropout_add_norm(
+        x0, residual, weight, bias, dropout_p, NormOptions(epsilon, is_rms_norm), rowscale,
+        layerscale, residual_in_fp32, return_dropout_mask,
+    )  # fmt: skip
     if not prenorm and not return_dropout_mask:
         return z
     if not return_dropout_mask:
         return z, x
-    if mask is None:
-        mask = torch.ones_like(x0, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    mask = calls.all_ones_mask(x0) if mask is None else mask
     return (z, x, mask) if prenorm else (z, mask)
+
+
+def _dropout_add_norm_subset(
+    x0, residual, weight, bias, dropout_p, epsilon, layerscale, x0_subset, out_subset,
+    rowscale_const, out_numrows, prenorm, residual_in_fp32, return_dropout_mask, *,
+    is_rms_norm: bool,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    z, x, mask = dropout_add_norm_subset(
+        x0, residual, weight, bias, dropout_p, NormOptions(epsilon, is_rms_norm), layerscale,
+        x0_subset, out_subset, rowscale_const, out_numrows, residual_in_fp32,
+    )  # fmt: skip
+    results = [z.reshape(_regrouped("out_subset", z, x0))]
+    if prenorm:
+        results.append(x.reshape(_regrouped("x0_subset", x, x0)))
+    if return_dropout_mask:
+        results.append(calls.all_ones_mask(x0) if mask is None else mask.to(torch.uint8))
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _regrouped(name: str, rows: Tensor, x0: Tensor) -> tuple[int, ...]:
+    """The shape of [rows, D] with the dimensions of x0 but for the first."""
+    inner = x0.shape[1:-1].numel()
+    if inner == 0 or rows.shape[0] % inner != 0:
+        raise ValueError(
+            f"{name}: gives {rows.shape[0]} rows; supported: a multiple of {inner}, so that they "
+            f"can take the shape of x0, {list(x0.shape)}, but for its first dimension"
+        )
+    return (rows.shape[0] // inner, *x0.shape[1:])
+
+
+def _dropout_add_norm_parallel(
+    x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p, epsilon, prenorm,
+    residual_in_fp32, return_dropout_mask, *, is_rms_norm: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    z0, z1, x, mask0, mask1 = calls.dropout_add_norm_parallel(
+        x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p,
+        NormOptions(epsilon, is_rms_norm, suffix="0"), residual_in_fp32, return_dropout_mask,
+    )  # fmt: skip
+    results = [z0, z1, x] if prenorm else [z0, z1]
+    if return_dropout_mask:
+        masks = (mask0, mask1)
+        results += [calls.all_ones_mask(x0) if m is None else m.to(torch.uint8) for m in masks]
+    return tuple(results)
 
 
 # --- Public functions -----------------------------------------------------------------------------
 
 
+@checked
 def dropout_add_layer_norm(
     x0: Tensor,
     residual: Tensor | None,
@@ -188,6 +160,7 @@ def dropout_add_layer_norm(
     )  # fmt: skip
 
 
+@checked
 def dropout_add_rms_norm(
     x0: Tensor,
     residual: Tensor | None,
@@ -208,133 +181,144 @@ def dropout_add_rms_norm(
     )  # fmt: skip
 
 
+@checked
+def dropout_add_layer_norm_subset(
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    layerscale: Tensor | None = None,
+    x0_subset: Tensor | None = None,
+    out_subset: Tensor | None = None,
+    rowscale_const: float = 1.0,
+    out_numrows: int = 0,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """`dropout_add_layer_norm` with x0 for some rows of x, and z of some rows (stochastic depth).
+
+    Row r of x is layerscale * dropout(rowscale_const * x0[x0_subset[r] - 1]) + residual[r], or
+    residual[r] alone where x0_subset[r] is 0; its norm is z[out_subset[r] - 1], or not computed
+    where out_subset[r] is 0.
+
+    Args:
+      x0: [n, ..., D].
+      residual: [..., D] of R rows; None: zeros.
+      x0_subset: R numbers, int32 or int64, each of 1 to the rows of x0 at most once, or 0. None: x0
+        has all rows. A row of x0 that is not named has gradient 0.
+      out_subset: R numbers that name each of 1 to out_numrows once, or 0. None: z has all rows.
+      rowscale_const: a factor for x0, 1 / (1 - drop rate).
+      out_numrows: the rows of z; read where out_subset is given.
+
+    The others as in `dropout_add_layer_norm`. Returns z, or (z[, x][, mask]): z and x of shape
+    [m, ..., D] with the inner dimensions of x0, the mask of x0's shape.
+
+    Composed of torch's dropout and indexed copies, and of the fused norm for the rows that z has.
+    Rows without z have no part in the gradients of weight and bias.
+
+    Raises:
+      ValueError: as `dropout_add_layer_norm`; on the CPU also for a number out of range or twice.
+        On CUDA the numbers are not read: one out of range counts as 0, of two equal ones one wins.
+    """
+    return _dropout_add_norm_subset(
+        x0, residual, weight, bias, dropout_p, epsilon, layerscale, x0_subset, out_subset,
+        rowscale_const, out_numrows, prenorm, residual_in_fp32, return_dropout_mask,
+        is_rms_norm=False,
+    )  # fmt: skip
+
+
+@checked
+def dropout_add_rms_norm_subset(
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    layerscale: Tensor | None = None,
+    x0_subset: Tensor | None = None,
+    out_subset: Tensor | None = None,
+    rowscale_const: float = 1.0,
+    out_numrows: int = 0,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """`dropout_add_layer_norm_subset` with RMSNorm."""
+    return _dropout_add_norm_subset(
+        x0, residual, weight, bias, dropout_p, epsilon, layerscale, x0_subset, out_subset,
+        rowscale_const, out_numrows, prenorm, residual_in_fp32, return_dropout_mask,
+        is_rms_norm=True,
+    )  # fmt: skip
+
+
+@checked
+def dropout_add_layer_norm_parallel_residual(
+    x0: Tensor,
+    x1: Tensor | None,
+    residual: Tensor | None,
+    weight0: Tensor,
+    bias0: Tensor | None,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """x = dropout(x0) + dropout(x1) + residual; z0 = norm(x) * weight0 + bias0, z1 with weight1.
+
+    For blocks whose attention and MLP run side by side (GPT-J, GPT-NeoX).
+
+    Args:
+      x0, x1: [..., D] in one dtype; x1 None: no second branch.
+      weight0, bias0, weight1, bias1: [D]; weight1 None: the norm is tied, z1 is None.
+
+    The others as in `dropout_add_layer_norm`. Returns (z0, z1[, x][, mask0, mask1]); the masks are
+    uint8 like x0. Composed of the fused op and a second norm: 1.5 times the bytes of one kernel in
+    forward, twice in backward.
+    """
+    return _dropout_add_norm_parallel(
+        x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p, epsilon, prenorm,
+        residual_in_fp32, return_dropout_mask, is_rms_norm=False,
+    )  # fmt: skip
+
+
+@checked
+def dropout_add_rms_norm_parallel_residual(
+    x0: Tensor,
+    x1: Tensor | None,
+    residual: Tensor | None,
+    weight0: Tensor,
+    bias0: Tensor | None,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`dropout_add_layer_norm_parallel_residual` with RMSNorm."""
+    return _dropout_add_norm_parallel(
+        x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p, epsilon, prenorm,
+        residual_in_fp32, return_dropout_mask, is_rms_norm=True,
+    )  # fmt: skip
+
+
+@checked
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     """LayerNorm(x) * weight + bias over the last dimension; as `dropout_add_layer_norm`."""
-    return _dropout_add_norm(x, None, weight, bias, 0.0, epsilon, is_rms_norm=False)
+    options = NormOptions(epsilon, is_rms_norm=False, x0_name="x")
+    return calls.dropout_add_norm(x, None, weight, bias, 0.0, options)[0]
 
 
+@checked
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; as `dropout_add_rms_norm`."""
-    return _dropout_add_norm(x, None, weight, None, 0.0, epsilon, is_rms_norm=True)
-
-
-# --- Modules --------------------------------------------------------------------------------------
-
-
-class DropoutAddLayerNorm(nn.Module):
-    """dropout + add + LayerNorm with parameters weight and bias [hidden_size].
-
-    Args:
-      hidden_size: D.
-      prenorm: return (z, x) rather than z.
-      p: dropout probability, used in training mode only.
-      eps: added to the variance.
-      residual_in_fp32: keep x in float32 where no residual is passed.
-    """
-
-    _norm = staticmethod(dropout_add_layer_norm)
-    _has_bias = True
-
-    def __init__(
-        self,
-        hidden_size: int,
-        prenorm: bool = False,
-        p: float = 0.0,
-        eps: float = 1e-5,
-        residual_in_fp32: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.prenorm = prenorm
-        self.p = p
-        self.eps = eps
-        self.residual_in_fp32 = residual_in_fp32
-        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        if self._has_bias:
-            self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
-        return self._norm(
-            x0,
-            residual,
-            self.weight,
-            self.bias,
-            self.p if self.training else 0.0,
-            self.eps,
-            prenorm=self.prenorm,
-            residual_in_fp32=self.residual_in_fp32,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, prenorm={self.prenorm}, p={self.p}, eps={self.eps}"
-
-
-class DropoutAddRMSNorm(DropoutAddLayerNorm):
-    """dropout + add + RMSNorm with parameter weight [hidden_size] and no bias."""
-
-    _norm = staticmethod(dropout_add_rms_norm)
-    _has_bias = False
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with parameter weight [hidden_size], after dropout and add where asked for.
-
-    Args:
-      hidden_size: D.
-      eps: added to the mean square.
-      dropout_p: dropout probability, used in training mode only.
-      zero_centered_weight: scale by 1 + weight, with weight starting at 0, so that weight decay
-        pulls the scale to 1.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-5,
-        dropout_p: float = 0.0,
-        zero_centered_weight: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.dropout_p = dropout_p
-        self.zero_centered_weight = zero_centered_weight
-        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 0.0 if self.zero_centered_weight else 1.0)
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        prenorm: bool = False,
-        residual_in_fp32: bool = False,
-    ) -> Tensor | tuple[Tensor, ...]:
-        return _dropout_add_norm(
-            x,
-            residual,
-            self.weight,
-            None,
-            self.dropout_p if self.training else 0.0,
-            self.eps,
-            prenorm=prenorm,
-            residual_in_fp32=residual_in_fp32,
-            is_rms_norm=True,
-            zero_centered_weight=self.zero_centered_weight,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}, dropout_p={self.dropout_p}"
+    options = NormOptions(epsilon, is_rms_norm=True, x0_name="x")
+    return calls.dropout_add_norm(x, None, weight, None, 0.0, options)[0]

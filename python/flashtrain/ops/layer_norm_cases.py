@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from flashtrain.ops import layer_norm as ln
-from flashtrain.ops import reference
+from flashtrain.ops.reference import layer_norm as reference
 from flashtrain.testing import tolerances
 from flashtrain.testing.devices import DEVICE
 
@@ -94,17 +95,23 @@ def results_and_gradients(
 
 def check(case: Case) -> None:
     """Forward and backward of `case` against torch and the exact result."""
-    inputs = case.inputs()
-    outputs, mask = case.ours(inputs), None
-    if case.dropout_p > 0.0:
-        outputs = case.ours(inputs, return_dropout_mask=True)
-        outputs, mask = outputs[:-1], outputs[-1]
-    ours = results_and_gradients(inputs, outputs)
-    in_torch = results_and_gradients(inputs, case.reference(inputs, None, mask))
-    doubles = {
-        name: t.detach().double().requires_grad_(t.requires_grad) for name, t in inputs.items()
-    }
-    exact = results_and_gradients(doubles, case.reference(doubles, torch.float64, mask))
+
+    def draw(seed: int) -> tolerances.Draw:
+        inputs = case.inputs(seed)
+        outputs, mask = case.ours(inputs), None
+        if case.dropout_p > 0.0:
+            outputs = case.ours(inputs, return_dropout_mask=True)
+            outputs, mask = outputs[:-1], outputs[-1]
+        ours = results_and_gradients(inputs, outputs, seed + 1)
+        in_torch = results_and_gradients(inputs, case.reference(inputs, None, mask), seed + 1)
+        doubles = {
+            name: t.detach().double().requires_grad_(t.requires_grad) for name, t in inputs.items()
+        }
+        right = case.reference(doubles, torch.float64, mask)
+        exact = results_and_gradients(doubles, right, seed + 1)
+        return ours, in_torch, exact
+
+    ours, in_torch, exact = tolerances.pooled(draw)
     assert ours.keys() == exact.keys()
     for name, value in ours.items():
         k = tolerances.K_DROPOUT if case.dropout_p > 0.0 else tolerances.K_OUTPUT
@@ -122,3 +129,58 @@ def assert_same_numbers(results: dict[str, Tensor], expected: dict[str, Tensor])
     for name, value in expected.items():
         rtol = 1e-4 if value.dtype == FP32 else 2**-7
         torch.testing.assert_close(results[name], value, rtol=rtol, atol=1e-4, msg=name)
+
+
+# --- The composed forms ---------------------------------------------------------------------------
+
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def leaves_of(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    leaves = {}
+    for name, (shape, dtype) in shapes.items():
+        shift = 1.0 if name.startswith("weight") else 0.25
+        leaves[name] = (torch.randn(shape, device=DEVICE) + shift).to(dtype).requires_grad_()
+    return leaves
+
+
+def _outputs_and_gradients(
+    leaves: dict[str, Tensor], outputs: list[Tensor], seed: int
+) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    grads = [torch.randn(out.shape, device=DEVICE).to(BF16).to(out.dtype) for out in outputs]
+    found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+    named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    return named | {
+        f"d{name}": torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), found)
+    }
+
+
+def hold_against_torch(
+    shapes: Shapes,
+    run: Callable[[dict[str, Tensor]], tuple[list[Tensor], Callable[..., list[Tensor]]]],
+    k: float,
+) -> None:
+    """`run(leaves)` gives our outputs, and a function of leaves and compute_dtype that gives the
+    same outputs in plain torch."""
+
+    def draw(seed: int) -> tolerances.Draw:
+        leaves = leaves_of(shapes, seed)
+        ours, expression = run(leaves)
+        doubles = {n: t.detach().double().requires_grad_() for n, t in leaves.items()}
+        in_torch, exact = expression(leaves, None), expression(doubles, torch.float64)
+        assert len(ours) == len(in_torch) == len(exact)
+        return (
+            _outputs_and_gradients(leaves, ours, seed + 1),
+            _outputs_and_gradients(leaves, in_torch, seed + 1),
+            _outputs_and_gradients(doubles, exact, seed + 1),
+        )
+
+    ours, in_torch, exact = tolerances.pooled(draw)
+    for name, value in ours.items():
+        of_weight = name[1:].rstrip("01") in WEIGHT_GRADS
+        factor = max(tolerances.K_WEIGHT_GRAD, k) if of_weight else k
+        tolerances.assert_as_exact_as_torch(name, value, in_torch[name], exact[name], factor)

@@ -62,13 +62,13 @@ def test_frozen_inputs(frozen: tuple[str, ...], dropout_p: float) -> None:
 
 def test_gradients_nobody_needs_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    backward = ops.layer_norm_backward
+    backward = ops._backward
 
     def spy(*args):
         asked.append(args[-1])
         return backward(*args)
 
-    monkeypatch.setattr(ops, "layer_norm_backward", spy)
+    monkeypatch.setattr(ops, "_backward", spy)
     case = Case((4, 32), BF16, BF16)
     inputs = case.inputs()
     inputs = {n: t.detach().requires_grad_(n == "residual") for n, t in inputs.items()}
@@ -120,9 +120,10 @@ def test_runs_on_the_threads_of_torch() -> None:
     try:
         torch.set_num_threads(3)
         torch.ones(2**20).sum()  # now torch's threads are there
-        num_threads = len(os.listdir("/proc/self/task"))
+        threads = set(os.listdir("/proc/self/task"))
         ln.layer_norm(torch.randn(4096, 256), torch.ones(256), torch.zeros(256), 1e-5)
-        assert len(os.listdir("/proc/self/task")) == num_threads
+        # None is new. Some may be gone: of more than 3, OpenMP ends the rest by and by.
+        assert set(os.listdir("/proc/self/task")) <= threads
     finally:
         torch.set_num_threads(before)
 
@@ -150,11 +151,11 @@ def _op_samples() -> dict[str, tuple]:
     weight, bias = torch.randn(2, 32, device=DEVICE)
     state = torch.tensor([1, 2], device=DEVICE)
     rows = torch.randn(3, 5, device=DEVICE)
-    args = (x0, x0.float(), weight, bias, rows, weight, state, 0.5, 1e-5, False, False, FP32)
+    args = (x0, x0.float(), weight, bias, rows, weight, state, 0.5, 1e-5, False, False, BF16, FP32)
     full = (x0, x0.float(), x0.float(), x0, rows, rows.abs(), weight, rows, weight, state, 0.5)
     return {
-        "layer_norm_forward": (x0, weight, bias, 1e-5, False, False),
-        "layer_norm_forward (rms)": (x0.transpose(0, 1), weight, None, 1e-5, True, True),
+        "layer_norm_forward": (x0, weight, bias, 1e-5, False, False, BF16),
+        "layer_norm_forward (rms)": (x0.transpose(0, 1), weight, None, 1e-5, True, True, FP32),
         "dropout_add_layer_norm_forward": args,
         "dropout_add_layer_norm_mask_forward": args,
         "layer_norm_backward": (*full, False, False, BF16, [True] * 5),
@@ -325,7 +326,8 @@ def _zeros(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
         ({"rowscale": (4,)}, r"rowscale: got shape \[4\]; supported: \[2\]"),
         ({"dropout_p": 1.0}, "dropout_p: got 1.0; supported: at least 0 and less than 1"),
         ({"dropout_p": -0.1}, "dropout_p: got -0.1"),
-        ({"epsilon": -1.0}, "epsilon is -1"),
+        ({"dropout_p": float("nan")}, "dropout_p: got nan"),
+        ({"epsilon": -1.0}, "epsilon: got -1.0; supported: at least 0"),
     ],
 )
 def test_errors(changes: dict, message: str) -> None:
@@ -358,7 +360,7 @@ def test_rowscale_has_no_gradient() -> None:
 
 def test_devices_must_agree() -> None:
     other = torch.zeros(4, device="cpu" if DEVICE.type == "cuda" else "meta")
-    with pytest.raises(ValueError, match=r"weight: is on .*; supported: x0's device"):
+    with pytest.raises(ValueError, match=r"weight: is on .*; supported: x's device"):
         ln.layer_norm(_zeros(2, 4), other, None, 1e-5)
 
 

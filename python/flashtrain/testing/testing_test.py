@@ -39,6 +39,28 @@ def test_the_rule_is_two_sided() -> None:
             judge(ours)
 
 
+def test_few_numbers_are_pooled() -> None:
+    def draw(seed: int, wrong: int = -1) -> tolerances.Draw:
+        right = {
+            "loss": torch.tensor(float(seed)).double(),
+            "few": torch.full((2, 3), float(seed)).double(),
+            "none": torch.zeros(0, 3).double(),
+            "many": torch.zeros(50).double(),
+        }
+        ours = {name: value.float() for name, value in right.items()}
+        if seed == wrong:
+            ours["many"] = ours["many"][:49]
+        return ours, ours, right
+
+    ours, _, exact = tolerances.pooled(draw, but_for=["loss"])
+    assert ours["few"].tolist() == [float(seed) for seed in range(11) for _ in range(6)]
+    assert [exact[name].numel() for name in ("loss", "none", "many")] == [11, 0, 550]
+    with pytest.raises(AssertionError, match="many: shape"):
+        tolerances.pooled(lambda seed: draw(seed, wrong=7), but_for=["loss"])
+    single, _, _ = tolerances.pooled(draw, but_for=["loss", "few", "many"])
+    assert single["few"].shape == (2, 3)
+
+
 def test_the_rule_takes_empty_tensors() -> None:
     empty = torch.zeros(0)
     tolerances.assert_as_exact_as_torch("z", empty, empty, empty.double(), k=2.0)

@@ -1,47 +1,10 @@
-"""What each op computes, in plain torch: the definition that the kernels are tested against.
-
-Differentiable, on any device, and without any attempt to be fast. `compute_dtype` selects between
-
-  None           the expression as one writes it in torch, in the dtypes given: the baseline of the
-                 same low precision;
-  torch.float64  every input is cast first: the exact answer. Gradients come in the inputs' dtypes
-                 unless the inputs are float64 already.
-"""
+"""Dropout + add + LayerNorm or RMSNorm in plain torch."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def dropout_mask(rng_state: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
-    """The mask [rows, cols] (uint8, 1 = kept) of Philox-4x32-10 (Salmon et al., SC11).
-
-    key = seed; counter = {col // 4, row, offset low, offset high}, with the high half of row added
-    to the last word; element = word col % 4; kept where word >= floor(dropout_p * 2**32).
-    """
-    mask32 = 0xFFFFFFFF
-    seed, offset = (int(v) for v in rng_state.tolist())
-    groups = (cols + 3) // 4
-    row = torch.arange(rows, dtype=torch.int64)[:, None].expand(rows, groups)
-    c0 = torch.arange(groups, dtype=torch.int64)[None, :].expand(rows, groups)
-    c1, c2 = row & mask32, torch.full_like(row, offset & mask32)
-    c3 = ((row >> 32) + (offset >> 32)) & mask32
-    key0, key1 = seed & mask32, (seed >> 32) & mask32
-    for _ in range(10):
-        # int64 products wrap like uint64 ones; the masks make the shifts logical.
-        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & mask32) ^ c1 ^ key0,
-            product1 & mask32,
-            ((product0 >> 32) & mask32) ^ c3 ^ key1,
-            product0 & mask32,
-        )
-        key0, key1 = (key0 + 0x9E3779B9) & mask32, (key1 + 0xBB67AE85) & mask32
-    words = torch.stack([c0, c1, c2, c3], dim=-1).reshape(rows, groups * 4)[:, :cols]
-    threshold = int(torch.tensor(dropout_p, dtype=torch.float32).item() * 2**32)
-    return (words >= threshold).to(torch.uint8).to(rng_state.device)
 
 
 def dropout_add_layer_norm(
@@ -106,3 +69,46 @@ def dropout_add_layer_norm(
     else:
         z = F.layer_norm(x, (x.shape[-1],), weight, bias, epsilon)
     return z.to(z_dtype), x
+
+
+def parallel_residual(
+    x0: Tensor,
+    x1: Tensor | None,
+    residual: Tensor | None,
+    weight0: Tensor,
+    bias0: Tensor | None,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    epsilon: float,
+    *,
+    dropout_p: float = 0.0,
+    keep_mask0: Tensor | None = None,
+    keep_mask1: Tensor | None = None,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    zero_centered_weight: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """x = dropout(x0) + dropout(x1) + residual: [z0, z1, x], or [z0, x] without weight1.
+
+    Arguments as of `dropout_add_layer_norm`, one weight, bias and mask for each branch.
+    """
+    ones = torch.ones_like(weight0)
+
+    def add(branch: Tensor, mask: Tensor | None, total: Tensor | None) -> Tensor:
+        return dropout_add_layer_norm(
+            branch, total, ones, None, epsilon, dropout_p=dropout_p, keep_mask=mask,
+            residual_in_fp32=residual_in_fp32, compute_dtype=compute_dtype,
+        )[1]  # fmt: skip
+
+    total = residual if x1 is None else add(x1, keep_mask1, residual)
+    x = add(x0, keep_mask0, total)
+    results = []
+    for weight, bias in ((weight0, bias0), (weight1, bias1)):
+        if weight is not None:
+            z, _ = dropout_add_layer_norm(
+                x, None, weight, bias, epsilon, is_rms_norm=is_rms_norm,
+                zero_centered_weight=zero_centered_weight, compute_dtype=compute_dtype,
+            )  # fmt: skip
+            results.append(z.to(compute_dtype or x0.dtype))
+    return [*results, x]

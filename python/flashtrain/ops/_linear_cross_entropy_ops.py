@@ -1,0 +1,238 @@
+"""The torch.library ops of linear_cross_entropy, and the autograd around them.
+
+    linear_cross_entropy_forward           losses, z_losses
+    linear_cross_entropy_forward_backward  losses, z_losses, dhidden, dweight, dbias, where dloss is
+                                           the gradient of each row's loss
+    scale_into                             out = factor * x, where out may be x
+
+Rows are taken in chunks, whose logits exist one chunk at a time: a matrix product makes them, one
+kernel turns them into their own gradient, and two more products make of it the chunk's dhidden and
+its part of dweight, which is summed over the chunks in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flashtrain import _kernels
+from flashtrain.ops._cross_entropy_ops import Options, check_labels, run_forward_backward
+from flashtrain.ops._library import launch_context, register, to_kernel
+
+# Of a chunk's logits. With 50,304 classes in bfloat16 these are 2,048 rows: enough for matrix
+# products at full speed, and half of what the float32 dweight of 2,048 columns takes.
+_CHUNK_BYTES = 200 * 2**20
+_CHUNK_ROWS_MULTIPLE = 128  # a matrix product's tile
+
+
+def chunk_rows(rows: int, columns: int, itemsize: int) -> int:
+    """Rows of a chunk: as many as fit, at least a tile, and about the same for all chunks."""
+    fit = max(_CHUNK_BYTES // (columns * itemsize), _CHUNK_ROWS_MULTIPLE)
+    chunks = -(-rows // fit)
+    even = -(-rows // max(chunks, 1))
+    tiles = -(-even // _CHUNK_ROWS_MULTIPLE)
+    return min(tiles * _CHUNK_ROWS_MULTIPLE, fit) if chunks > 1 else max(rows, 1)
+
+
+# --- Kernels and fakes ----------------------------------------------------------------------------
+
+
+def _logits_of_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each chunk's rows, hidden states [rows, D] and logits [rows, V]; the latter share memory."""
+    rows, columns = hidden.shape[0], weight.shape[0]
+    size = chunk_rows(rows, columns, hidden.element_size())
+    buffer = hidden.new_empty((min(size, rows), columns))
+    for begin in range(0, rows, size):
+        chunk = slice(begin, min(begin + size, rows))
+        hidden_chunk = hidden[chunk]
+        logits = buffer[: len(hidden_chunk)]
+        if bias is None:
+            torch.mm(hidden_chunk, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden_chunk, weight.t(), out=logits)
+        yield chunk, hidden_chunk, logits
+
+
+def _prepare(hidden, weight, bias, labels, options: Options):
+    """The matrices and vectors that the chunks are cut from, in the dtype of hidden."""
+    check_labels(labels, options.ignore_index, options.num_classes)
+    bias = None if bias is None else bias.to(hidden.dtype)
+    return (
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight.to(hidden.dtype),
+        bias,
+        labels.reshape(-1),
+    )
+
+
+def _loss_outputs(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    losses = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
+    return losses, torch.empty_like(losses)
+
+
+def _forward_kernel(hidden, weight, bias, labels, *options):
+    options = Options(*options)
+    losses, z_losses = _loss_outputs(hidden)
+    losses_N, z_losses_N = losses.view(-1), z_losses.view(-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden, weight, bias, labels = _prepare(hidden, weight, bias, labels, options)
+        for chunk, _, logits in _logits_of_chunks(hidden, weight, bias):
+            _kernels.cross_entropy_forward(
+                to_kernel(logits),
+                to_kernel(labels[chunk]),
+                None,
+                *options,
+                False,
+                to_kernel(losses_N[chunk]),
+                None,
+                to_kernel(z_losses_N[chunk]),
+                launch_context(logits),
+            )
+    return losses, z_losses
+
+
+def _forward_fake(hidden, *args):
+    return _loss_outputs(hidden)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a @ b, or total += a @ b; total is float32, a and b of any one dtype."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
+    elif not total.is_cuda:  # no product of float16 or bfloat16 matrices in float32 there
+        total.copy_(torch.mm(a, b)) if first else total.add_(torch.mm(a, b))
+    elif first:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def _gradients(hidden: Tensor, weight: Tensor, output_mask: list[bool]) -> list[Tensor]:
+    """dhidden, dweight, dbias; the latter two float32. One that is not wanted has 0 elements."""
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (hidden.dtype, torch.float32, torch.float32)
+    return [
+        hidden.new_empty(shape if wanted else (0,), dtype=dtype)
+        for shape, dtype, wanted in zip(shapes, dtypes, output_mask)
+    ]
+
+
+def _forward_backward_kernel(hidden, weight, bias, labels, dloss, *args):
+    options, output_mask = Options(*args[:-1]), args[-1]
+    losses, z_losses = _loss_outputs(hidden)
+    losses_N, z_losses_N = losses.view(-1), z_losses.view(-1)
+    gradients = _gradients(hidden, weight, output_mask)
+    dhidden, dweight, dbias = gradients
+    need_hidden, need_weight, need_bias = output_mask
+    dhidden_ND = dhidden.view(-1, hidden.shape[-1]) if need_hidden else dhidden
+    if losses.numel() == 0:
+        dweight.zero_()
+    dbias.zero_()
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden, weight, bias, labels = _prepare(hidden, weight, bias, labels, options)
+        for chunk, hidden_chunk, logits in _logits_of_chunks(hidden, weight, bias):
+            dlosses = dloss.expand(len(logits))
+            run_forward_backward(
+                logits, labels[chunk], dlosses, options, losses_N[chunk], z_losses_N[chunk]
+            )
+            if need_hidden:
+                torch.mm(logits, weight, out=dhidden_ND[chunk])
+            if need_weight:
+                _add_product(dweight, logits.t(), hidden_chunk, first=chunk.start == 0)
+            if need_bias:
+                dbias += logits.sum(0, dtype=torch.float32)
+    return losses, z_losses, *gradients
+
+
+def _forward_backward_fake(hidden, weight, bias, labels, dloss, *args):
+    return *_loss_outputs(hidden), *_gradients(hidden, weight, args[-1])
+
+
+def _scale_into_kernel(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    _kernels.scale(to_kernel(x), to_kernel(factor), to_kernel(out), launch_context(x))
+
+
+# --- Schemas --------------------------------------------------------------------------------------
+
+_TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
+_OPTIONS = (
+    "float label_smoothing, float logit_scale, float lse_square_scale, SymInt ignore_index, "
+    "SymInt first_class, SymInt num_classes"
+)
+
+linear_cross_entropy_forward = register(
+    f"linear_cross_entropy_forward({_TENSORS}, {_OPTIONS}) -> (Tensor losses, Tensor z_losses)",
+    _forward_kernel,
+    _forward_fake,
+)
+linear_cross_entropy_forward_backward = register(
+    f"linear_cross_entropy_forward_backward({_TENSORS}, Tensor dloss, {_OPTIONS}, "
+    "bool[3] output_mask) "
+    "-> (Tensor losses, Tensor z_losses, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    _forward_backward_kernel,
+    _forward_backward_fake,
+)
+scale_into = register(
+    "scale_into(Tensor x, Tensor factor, Tensor(a!) out) -> ()",
+    _scale_into_kernel,
+    lambda *args: None,
+)
+
+
+# --- Autograd -------------------------------------------------------------------------------------
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient in `dtype`: in place if it is the gradient's and no graph is compiled.
+
+    torch.mul(gradient, factor, out=<of another dtype>) moves half as many bytes a second.
+    """
+    if torch.compiler.is_compiling():
+        return (gradient * factor).to(dtype)
+    in_place = gradient.dtype == dtype
+    result = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
+    scale_into(gradient, factor, result)
+    if in_place:
+        torch.autograd.graph.increment_version(result)  # a second backward is refused
+    return result
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """(sum of losses, sum of z_losses), both divided by `count`, float32 [].
+
+    The gradients are computed in forward, of the sum of losses times 2**e / count, a factor of 1
+    to 2. Backward scales them in place, by 2**-e and the loss's own gradient: without a further
+    rounding where that is a power of two, and gradients of float16 do not vanish for a large count.
+
+    Saves the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, count, options):
+        mantissa, exponent = torch.frexp(count)
+        output_mask = list(ctx.needs_input_grad[:3])
+        losses, z_losses, *gradients = linear_cross_entropy_forward_backward(
+            hidden, weight, bias, labels, 1.0 / mantissa, *options, output_mask
+        )
+        rest = torch.ldexp(torch.ones_like(count), -exponent)
+        ctx.save_for_backward(*gradients, rest)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        z_loss = z_losses.sum() / count
+        ctx.mark_non_differentiable(z_loss)
+        return losses.sum() / count, z_loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, _):
+        *gradients, rest = ctx.saved_tensors
+        factor = dloss * rest
+        scaled = (
+            _scaled(gradient, factor, dtype) if wanted else None
+            for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.needs_input_grad)
+        )
+        return *scaled, None, None, None

@@ -1,0 +1,282 @@
+"""Which way a product is computed: measured once on the user's GPU, then remembered.
+
+The first time a product is met, the library's candidates and the plain path run on random operands:
+what the library refuses, or computes otherwise than the plain path, is dropped, and the fastest of
+the rest, the plain path among them, is kept: in this process, and in a file for later ones,
+
+    ${XDG_CACHE_HOME:-~/.cache}/flashtrain/matmul/<card>_cublaslt<version>_torch<version>.json
+
+which may be deleted at any time. A process takes over what another has stored meanwhile, so that
+all processes of a run, and the run when it is continued, compute with the same bits. Nothing is
+measured while the stream is being captured in a CUDA graph, nor with FLASHTRAIN_MATMUL_SEARCH=0 in
+the environment: then the library's first candidate is taken, unless a choice is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+import statistics
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flashtrain import _kernels
+from flashtrain.ops import _dense_products as products
+from flashtrain.ops._dense_products import Algorithm, Operands, Product, Results
+
+_CANDIDATES = 16
+_FINALISTS = 4  # candidates that are timed again, with the plain path
+_ROUNDS = 7
+_MAX_ROW_COUNTS = 32  # searches for one layer whose number of rows keeps changing
+_FORMAT = 1
+
+_choices: dict[Product, Algorithm | None] = {}  # None: the plain path
+_searched: dict[Product, int] = {}  # by the product without its rows
+_stores: dict[torch.device, _Store | None] = {}
+_lock = threading.RLock()
+
+
+def choose(product: Product, operands: Operands) -> Algorithm | None:
+    """The algorithm for a product that `fits_library`; None for the plain path.
+
+    `operands` are read for their addresses alone.
+
+    Raises:
+      ValueError: FLASHTRAIN_MATMUL_SEARCH is neither 0 nor 1.
+    """
+    if product in _choices:
+        return _choices[product]
+    with _lock, torch.no_grad(), torch.cuda.device(product.device):
+        if product in _choices:
+            return _choices[product]
+        store = _store_of(product.device)
+        if store is None:
+            _choices[product] = None
+            return None
+        known, choice = store.find(product, operands)
+        if not known and torch.cuda.is_current_stream_capturing():
+            return _first(product, operands)
+        if not known:
+            choice = _search_or_first(product, operands, store)
+        _choices[product] = choice
+        return choice
+
+
+def forget() -> None:
+    """Forgets what this process knows; files stay."""
+    with _lock:
+        _choices.clear()
+        _searched.clear()
+        _stores.clear()
+
+
+def _first(product: Product, operands: Operands) -> Algorithm | None:
+    if product.activation == products.RELU:
+        return None  # only measuring shows whether it keeps NaN
+    return next(iter(products.algorithms(product, operands, 1)), None)
+
+
+def _search_or_first(product: Product, operands: Operands, store: _Store) -> Algorithm | None:
+    any_rows = product._replace(rows=0)
+    if not _is_enabled() or _searched.get(any_rows, 0) >= _MAX_ROW_COUNTS:
+        return _first(product, operands)
+    _searched[any_rows] = _searched.get(any_rows, 0) + 1
+    try:
+        choice = _search(product)
+    except torch.OutOfMemoryError:
+        return _first(product, operands)  # another process may have the memory to measure
+    return store.add(product, operands, choice)
+
+
+def _is_enabled() -> bool:
+    value = os.environ.get("FLASHTRAIN_MATMUL_SEARCH", "1")
+    if value not in ("0", "1"):
+        raise ValueError(
+            f"FLASHTRAIN_MATMUL_SEARCH={value}; supported: 1 (measure, the default) or 0 (take the "
+            "library's first candidate)"
+        )
+    return value == "1"
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def _search(product: Product) -> Algorithm | None:
+    operands = products.sample(product)
+    expected = products.run_plain(product, operands)
+    timed = []
+    for algorithm in products.algorithms(product, operands, _CANDIDATES):
+        with contextlib.suppress(RuntimeError):  # what the library offers it may yet refuse
+            timed.append((_milliseconds(product, operands, algorithm), algorithm))
+    timed.sort(key=lambda entry: entry[0])
+    contenders = [None, *(algorithm for _, algorithm in timed[:_FINALISTS])]
+    # By turns, since the card's clock drifts with its load.
+    rounds = [[_milliseconds(product, operands, c) for c in contenders] for _ in range(_ROUNDS)]
+    times = {c: statistics.median(column) for c, column in zip(contenders, zip(*rounds))}
+    return next(
+        choice
+        for choice in sorted(contenders, key=times.__getitem__)
+        if choice is None
+        or (
+            _agree(products.run_fused(product, operands, choice), expected)
+            and _keeps_nan(product, operands, choice)
+        )
+    )
+
+
+def _milliseconds(product: Product, operands: Operands, algorithm: Algorithm | None) -> float:
+    """The device's time for a call, the mean over a few."""
+
+    def run() -> None:
+        if algorithm is None:
+            products.run_plain(product, operands)
+        else:
+            products.run_fused(product, operands, algorithm)
+
+    calls = 4
+    run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(200_000)  # 0.1 ms, in which the calls are queued
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def _keeps_nan(product: Product, operands: Operands, algorithm: Algorithm) -> bool:
+    """Whether NaN in a row makes a row of NaN: an activation might turn it into 0."""
+    if product.activation == products.IDENTITY:
+        return True
+    left = operands.left.clone()
+    left[0] = torch.nan
+    out = products.run_fused(product, operands._replace(left=left), algorithm).out
+    return bool(out[0].isnan().all())
+
+
+def _agree(results: Results, expected: Results) -> bool:
+    """Whether every element is finite and within some roundings of the plain path's."""
+    return all(value is None or _close(value, other) for value, other in zip(results, expected))
+
+
+def _close(value: Tensor, expected: Tensor) -> bool:
+    """In slices, as float32 copies of whole activations would take much memory."""
+    eps = {torch.float32: 2.0**-10, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}[value.dtype]
+    scale = (
+        torch.linalg.vector_norm(expected, dtype=torch.float32) / max(1, expected.numel()) ** 0.5
+    )
+    for part, other in zip(value.flatten().split(2**24), expected.flatten().split(2**24)):
+        other = other.float()
+        if not ((part.float() - other).abs() <= eps * (other.abs() + scale)).all():
+            return False
+    return True
+
+
+# --- Remembering ----------------------------------------------------------------------------------
+
+
+def _store_of(device: torch.device) -> _Store | None:
+    """None where there is no cuBLASLt that fits this build."""
+    if device not in _stores:
+        try:
+            version = _kernels.dense_matmul_version()
+        except RuntimeError as error:
+            warnings.warn(f"fused_dense takes its plain path: {error}", stacklevel=2)
+            _stores[device] = None
+        else:
+            card = torch.cuda.get_device_name(device)
+            name = f"{card}_cublaslt{version}_torch{torch.__version__}.json"
+            _stores[device] = _Store(_cache_dir() / re.sub(r"[^A-Za-z0-9._+-]+", "-", name))
+    return _stores[device]
+
+
+def _cache_dir() -> pathlib.Path:
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "flashtrain" / "matmul"
+
+
+class _Store:
+    """The choices in a file: read once, written whole whenever one is added."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._entries = self._read()
+
+    def find(self, product: Product, operands: Operands) -> tuple[bool, Algorithm | None]:
+        """(whether a usable choice is stored, the choice)."""
+        return self._decode(product, operands, self._entries)
+
+    def add(
+        self, product: Product, operands: Operands, choice: Algorithm | None
+    ) -> Algorithm | None:
+        """Stores the choice, unless another process has stored one: returns the one to use."""
+        try:
+            with self._locked():
+                self._entries = self._read()
+                known, stored = self._decode(product, operands, self._entries)
+                if known:
+                    return stored
+                self._entries[product.name()] = (
+                    None if choice is None else [choice.data.hex(), *choice[1:]]
+                )
+                self._write()
+        except OSError as error:
+            warnings.warn(
+                f"{self._path}: {error.strerror or error}; the choice of matmul algorithms is kept "
+                "for this process only; XDG_CACHE_HOME names another folder",
+                stacklevel=2,
+            )
+        return choice
+
+    @staticmethod
+    def _decode(
+        product: Product, operands: Operands, entries: dict
+    ) -> tuple[bool, Algorithm | None]:
+        if product.name() not in entries:
+            return False, None
+        entry = entries[product.name()]
+        if entry is None:
+            return True, None
+        try:
+            data, workspace_bytes, sums = entry
+            algorithm = Algorithm(bytes.fromhex(data), int(workspace_bytes), bool(sums))
+        except (TypeError, ValueError):
+            return False, None
+        return products.accepts(product, operands, algorithm), algorithm
+
+    def _read(self) -> dict:
+        try:
+            content = json.loads(self._path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{self._path} is ignored: {error}", stacklevel=2)
+            return {}
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            return {}
+        return content.get("choices", {})
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path.with_suffix(".lock"), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _write(self) -> None:
+        text = json.dumps({"format": _FORMAT, "choices": self._entries}, indent=1)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self._path.parent, prefix=self._path.stem, suffix=".tmp", delete=False
+        ) as file:
+            file.write(text)
+        os.replace(file.name, self._path)

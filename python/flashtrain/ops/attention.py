@@ -1,0 +1,394 @@
+"""Scaled dot product attention, forward and backward, on CPU and CUDA: the fastest at hand.
+
+    out = dropout(softmax(scores)) v
+    scores = softcap * tanh(softmax_scale * q k^T / softcap) - alibi_slope * |distance|
+
+The public functions have flash-attn 2's names and arguments (`from flash_attn import ...`), and one
+more, `backend`. docs/attention.md tells features, backends, numerics and errors.
+
+Legend: B batch, Sq queries, Sk keys of a sequence, H query heads, Hk key heads (H a multiple of
+Hk), D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from flashtrain.ops import _attention_backends as backends
+from flashtrain.ops._arguments import checked
+from flashtrain.ops._attention_ops import Attention
+from flashtrain.ops._attention_peers import PEERS, Call
+
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INSTALLED = backends.installed()
+_TIMES = backends.read_times()
+
+_CHOICES: dict[tuple[backends.Request, str | None], str] = {}
+
+Output: TypeAlias = Any  # a Tensor; with return_attn_probs (out, lse, probabilities)
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+
+def _check_kind(name: str, x: Tensor) -> None:
+    if x.dtype not in _FLOAT_DTYPES:
+        supported = ", ".join(map(str, _FLOAT_DTYPES))
+        raise ValueError(f"{name}: got dtype {x.dtype}; supported: {supported}")
+    if not (x.is_cuda or x.is_cpu or x.is_meta):
+        raise ValueError(f"{name}: is on {x.device}; supported: cpu, cuda")
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
+    layout = "[total, heads, D]" if varlen else "[B, seqlen, heads, D]"
+    _check_kind("q", q)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != (3 if varlen else 4):
+            raise ValueError(f"{name}: got shape {list(tensor.shape)}; supported: {layout}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: got dtype {tensor.dtype}; supported: q's, {q.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: is on {tensor.device}; supported: q's device, {q.device}")
+    if q.shape[-1] == 0 or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"k: got shape {list(k.shape)}; supported: the head dim of q {list(q.shape)}, and that "
+            "at least 1"
+        )
+    if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2] != 0:
+        raise ValueError(
+            f"k: got {k.shape[-2]} heads; supported: a divisor of q's {q.shape[-2]} heads"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v: got shape {list(v.shape)}; supported: k's, {list(k.shape)}")
+    if not varlen and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k: got a batch of {k.shape[0]}; supported: q's, {q.shape[0]}")
+
+
+def _check_sequences(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu_seqlens.dtype != torch.int32:
+            raise ValueError(f"{name}: got dtype {cu_seqlens.dtype}; supported: torch.int32")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"{name}: got shape {list(cu_seqlens.shape)}; supported: [B + 1]")
+        if cu_seqlens.device != q.device:
+            raise ValueError(
+                f"{name}: is on {cu_seqlens.device}; supported: q's device, {q.device}"
+            )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k: got shape {list(cu_seqlens_k.shape)}; supported: cu_seqlens_q's, "
+            f"{list(cu_seqlens_q.shape)}"
+        )
+
+
+def _check_options(
+    q: Tensor,
+    batch: int,
+    dropout_p: float,
+    softmax_scale: float,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}; supported: at least 0 and less than 1")
+    if not softmax_scale > 0.0:
+        raise ValueError(f"softmax_scale: got {softmax_scale}; supported: greater than 0")
+    if not softcap >= 0.0:
+        raise ValueError(f"softcap: got {softcap}; supported: at least 0 (0: no softcap)")
+    if len(window_size) != 2 or min(window_size) < -1:
+        raise ValueError(
+            f"window_size: got {window_size}; supported: (left, right), each at least 0, or -1 for "
+            "no limit"
+        )
+    if alibi_slopes is not None:
+        heads = q.shape[-2]
+        if alibi_slopes.dtype != torch.float32:
+            raise ValueError(
+                f"alibi_slopes: got dtype {alibi_slopes.dtype}; supported: torch.float32"
+            )
+        if alibi_slopes.shape != (heads,) and alibi_slopes.shape != (batch, heads):
+            raise ValueError(
+                f"alibi_slopes: got shape {list(alibi_slopes.shape)}; supported: [{heads}] or "
+                f"[{batch}, {heads}]"
+            )
+        if alibi_slopes.device != q.device:
+            raise ValueError(
+                f"alibi_slopes: is on {alibi_slopes.device}; supported: q's device, {q.device}"
+            )
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "alibi_slopes: requires grad, and has no gradient here; supported: a tensor that "
+                "does not, alibi_slopes.detach()"
+            )
+
+
+# --- The call -------------------------------------------------------------------------------------
+
+
+def _request(q: Tensor, k: Tensor, v: Tensor, call: Call) -> backends.Request:
+    capability = 0
+    if q.is_cuda:
+        properties = torch.cuda.get_device_properties(q.device)
+        capability = 10 * properties.major + properties.minor
+    return backends.Request(
+        device=q.device.type,
+        capability=capability,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        seqlen_q=call.max_seqlen_q,
+        seqlen_k=call.max_seqlen_k,
+        empty=q.numel() == 0 or k.numel() == 0,
+        varlen=call.cu_seqlens_q is not None,
+        window_left=call.window_left,
+        window_right=call.window_right,
+        softcap=call.softcap > 0.0,
+        alibi=call.alibi_slopes is not None,
+        dropout=call.dropout_p > 0.0,
+        deterministic=call.deterministic or torch.are_deterministic_algorithms_enabled(),
+        needs_grad=torch.is_grad_enabled()
+        and (q.requires_grad or k.requires_grad or v.requires_grad),
+        compiling=torch.compiler.is_compiling(),
+    )
+
+
+def _choose(request: backends.Request, forced: str | None) -> str:
+    if request.compiling:  # sizes may be symbolic, and tracing costs nothing later
+        return backends.choose(request, _INSTALLED, _TIMES, forced)
+    if (request, forced) not in _CHOICES:
+        _CHOICES[request, forced] = backends.choose(request, _INSTALLED, _TIMES, forced)
+    return _CHOICES[request, forced]
+
+
+def _native(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Our own kernels: (out, lse, rng_state)."""
+    rng_state = None
+    if call.dropout_p > 0.0:
+        # {seed, offset} on the op's device, from torch's own generator of it: manual_seed, CUDA
+        # graphs, torch.compile and checkpointing treat it as any random number.
+        rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+    out, lse = Attention.apply(
+        q,
+        k,
+        v,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        call.alibi_slopes,
+        rng_state,
+        call.max_seqlen_q,
+        call.max_seqlen_k,
+        call.softmax_scale,
+        call.softcap,
+        call.window_left,
+        call.window_right,
+        call.dropout_p,
+    )
+    return out, lse, rng_state
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+    backend: str | None,
+) -> Output:
+    varlen = cu_seqlens_q is not None
+    _check_heads(q, k, v, varlen)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        _check_sequences(q, cu_seqlens_q, cu_seqlens_k)
+        batch = cu_seqlens_q.shape[0] - 1
+    else:
+        batch = q.shape[0]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    _check_options(q, batch, dropout_p, scale, window_size, softcap, alibi_slopes)
+    left, right = window_size
+    call = Call(
+        cu_seqlens_q, cu_seqlens_k,
+        q.shape[-3] if max_seqlen_q is None else max_seqlen_q,
+        k.shape[-3] if max_seqlen_k is None else max_seqlen_k,
+        scale, left, 0 if causal else right, softcap, alibi_slopes, dropout_p, deterministic,
+    )  # fmt: skip
+    if return_attn_probs:
+        if backend not in (None, "triton", "cpu"):
+            raise ValueError(
+                f"backend: {backend!r} does not return attention probabilities; supported with "
+                "return_attn_probs: None, 'triton', 'cpu'"
+            )
+        from flashtrain.ops._attention_probabilities import signed_probabilities
+
+        out, lse, rng_state = _native(q, k, v, call)
+        return out, lse, signed_probabilities(q, k, lse, rng_state, call)
+    if q.is_meta:
+        return _native(q, k, v, call)[0]
+    chosen = _choose(_request(q, k, v, call), backend)
+    if chosen in PEERS:
+        return PEERS[chosen](q, k, v, call)
+    return _native(q, k, v, call)[0]
+
+
+# --- Public functions -----------------------------------------------------------------------------
+
+
+@checked
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    backend: str | None = None,
+) -> Output:
+    """dropout(softmax(scores)) v for a batch of sequences of equal lengths.
+
+    Args:
+      q: [B, Sq, H, D], float32, float16 or bfloat16, any strides.
+      k, v: [B, Sk, Hk, D], q's dtype; H is a multiple of Hk, neighbouring query heads share a key
+        head.
+      dropout_p: probability in [0, 1) of zeroing an attention weight; survivors are scaled by
+        1 / (1 - p). The caller passes 0 in evaluation.
+      softmax_scale: factor of q k^T, greater than 0; default 1 / sqrt(D).
+      causal: a query sees no key after its position, which is i + Sk - Sq for query i: the last
+        query sits at the last key (bottom right alignment).
+      window_size: (left, right), keys seen before and after the query's position; -1: all.
+      softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
+      alibi_slopes: float32 [H] or [B, H]; slope * |position - key| is subtracted from the scores.
+      deterministic: only backends whose gradients are bitwise reproducible. So does
+        torch.use_deterministic_algorithms.
+      return_attn_probs: also return what is described below, for tests and debugging.
+      backend: one of `_attention_backends.BACKENDS` instead of the fastest.
+
+    Returns out [B, Sq, H, D] in q's dtype; 0 for a query that sees no key. With return_attn_probs
+    (out, lse, probabilities): lse float32 [B, H, Sq], the log-sum-exp of the scores, without
+    gradient, -inf for such a query; probabilities [B, H, Sq, Sk] in q's dtype, negative where
+    dropout drops them, and empty where dropout_p is 0.
+
+    Saved for backward: q, k, v, out, lse, and in place of the dropout mask two integers.
+
+    Raises:
+      ValueError: an argument does not fit, or no backend or not the one asked for can take it.
+      RuntimeError: the device reported an error.
+    """
+    return _attention(
+        q, k, v, None, None, None, None, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs, backend,
+    )  # fmt: skip
+
+
+@checked
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    backend: str | None = None,
+) -> Output:
+    """`flash_attn_func` with k and v in one tensor, kv [B, Sk, 2, Hk, D], read in place."""
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise ValueError(f"kv: got shape {list(kv.shape)}; supported: [B, Sk, 2, Hk, D]")
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs, backend=backend,
+    )  # fmt: skip
+
+
+@checked
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    backend: str | None = None,
+) -> Output:
+    """`flash_attn_func` with q, k and v in one tensor, qkv [B, S, 3, H, D], read in place."""
+    _check_kind("qkv", qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
+        raise ValueError(
+            f"qkv: got shape {list(qkv.shape)}; supported: [B, S, 3, H, D], H and D at least 1"
+        )
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs, backend=backend,
+    )  # fmt: skip
+
+
+@checked
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Output:
+    """`flash_attn_func` for sequences of different lengths, one after the other.
+
+    So documents that share a window are kept apart: their boundaries are cu_seqlens, of q and k
+    both. An empty sequence is one of length 0.
+
+    Args:
+      q: [total_q, H, D].
+      k, v: [total_k, Hk, D].
+      cu_seqlens_q, cu_seqlens_k: int32 [B + 1] on q's device, from 0 to total_q and total_k:
+        sequence b has the rows cu_seqlens[b] to cu_seqlens[b + 1]. On the CPU they are checked; on
+        CUDA they are not, for that would synchronise, and rows beyond the last are not written.
+      max_seqlen_q, max_seqlen_k: at least the longest sequence's.
+      block_table: a paged key-value cache, which is not supported: must be None.
+      others: as `flash_attn_func`.
+
+    Returns out [total_q, H, D]; with return_attn_probs also lse [H, total_q] and probabilities
+    [B, H, max_seqlen_q, max_seqlen_k].
+    """
+    if block_table is not None:
+        raise ValueError("block_table: got a tensor; supported: None (no paged key-value cache)")
+    return _attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, backend,
+    )  # fmt: skip

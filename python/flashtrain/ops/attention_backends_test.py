@@ -1,0 +1,280 @@
+"""Which backend takes a call: the rules, the committed times, and the backends that are here."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtrain.ops import _attention_backends as backends
+from flashtrain.ops import _attention_peers as peers
+from flashtrain.ops import attention as attn
+from flashtrain.ops.attention_cases import BF16, FP16, FP32, Case, check, results_and_gradients
+from flashtrain.ops.reference import attention as reference
+from flashtrain.testing.devices import DEVICE, cuda_only
+
+GPU_BACKENDS = [name for name in backends.BACKENDS if name != "cpu"]
+WITH_TORCH = frozenset({"cudnn", "torch_flash", "triton", "cpu"})
+
+
+def request(**changes) -> backends.Request:
+    """A training step of GPT-2 on an H100."""
+    plain = backends.Request(
+        device="cuda", capability=90, dtype=BF16, head_dim=64, seqlen_q=1024, seqlen_k=1024,
+        empty=False, varlen=False, window_left=-1, window_right=0, softcap=False, alibi=False,
+        dropout=False, deterministic=False, needs_grad=True, compiling=False,
+    )  # fmt: skip
+    return plain._replace(**changes)
+
+
+def choose(available=WITH_TORCH, forced=None, times=None, **changes) -> str:
+    times = backends.read_times() if times is None else times
+    return backends.choose(request(**changes), available, times, forced)
+
+
+# --- The rules ------------------------------------------------------------------------------------
+
+
+def test_cuda_features() -> None:
+    assert choose() == "cudnn"
+    assert choose(softcap=True) == "triton"
+    assert choose(alibi=True) == "triton"
+    assert choose(deterministic=True) == "triton"
+    assert choose(dtype=FP32) == "triton"
+    assert choose(head_dim=65) == "triton"
+    assert choose(empty=True) == "triton"
+    for changes in ({"varlen": True}, {"window_left": 128}, {"seqlen_q": 512}):
+        assert choose(**changes) in ("torch_flash", "triton")
+        assert choose(WITH_TORCH - {"triton"}, **changes) == "torch_flash"
+    assert choose(seqlen_q=512, window_right=-1) == "cudnn"
+
+
+def test_cudnn_is_left_to_shapes_that_come_again() -> None:
+    assert choose(seqlen_q=1088, seqlen_k=1088) == "cudnn"
+    assert choose(seqlen_q=1089, seqlen_k=1089) != "cudnn"
+    assert choose({"cudnn"}, seqlen_q=1089, seqlen_k=1089) == "cudnn"
+    assert choose(forced="cudnn", seqlen_q=1089, seqlen_k=1089) == "cudnn"
+
+
+def test_before_hopper_and_without_times() -> None:
+    assert choose(capability=80) == "torch_flash"
+    assert choose(WITH_TORCH | {"flash_attn_2"}, capability=80) == "flash_attn_2"
+    assert choose(capability=75, dtype=FP16) == "triton"
+    assert choose(times=[]) == "cudnn"
+
+
+def test_cpu() -> None:
+    assert choose(device="cpu", capability=0) == "cpu"
+    assert choose(device="cpu", capability=0, head_dim=1000, softcap=True, varlen=True) == "cpu"
+
+
+def test_packages_where_they_are_installed() -> None:
+    everything = frozenset(backends.BACKENDS)
+    assert choose(everything, softcap=True, times=[]) == "flash_attn_3"
+    assert choose(everything, alibi=True, times=[]) == "flash_attn_2"
+    assert choose({"flash_attn_4", "triton"}, times=[]) == "flash_attn_4"
+    assert choose({"flash_attn_4", "triton"}, times=[], compiling=True) == "triton"
+    assert choose({"flash_attn_4", "triton"}, times=[], head_dim=80) == "triton"
+    assert choose({"flash_attn_2", "triton"}, times=[], softcap=True, dropout=True) == "triton"
+
+
+def test_a_forced_backend() -> None:
+    assert choose(forced="triton") == "triton"
+    for forced, changes, message in (
+        ("cudnn", {"softcap": True}, "it has no softcap; those that can: triton"),
+        ("cudnn", {"seqlen_q": 9}, "no causal with seqlen_q != seqlen_k; those that can: torch_fl"),
+        ("flash_attn_4", {"head_dim": 80}, "it is not installed; those that can: cudnn"),
+        ("torch_flash", {"dtype": FP32}, "it takes float16 and bfloat16 only"),
+        ("cudnn", {"head_dim": 100}, "its head dim is a multiple of 8 and at most 256"),
+        ("triton", {"head_dim": 300}, "its head dim is at most 256; those that can: none"),
+        ("flash_attn_2", {}, "it is not installed; those that can: cudnn, torch_flash, triton"),
+        ("cpu", {}, "it takes CPU tensors only"),
+        ("cudnn", {"device": "cpu"}, "it takes CUDA tensors only; those that can: cpu"),
+        ("torch_flash", {"capability": 75}, "needs compute capability 8.0, this GPU has 7.5"),
+        ("mine", {}, "got 'mine'; supported: None or one of cudnn, flash_attn_3"),
+    ):
+        with pytest.raises(ValueError, match="backend: ") as error:
+            choose(forced=forced, **changes)
+        assert message in str(error.value)
+
+
+def test_no_backend() -> None:
+    with pytest.raises(ValueError, match=r"no backend can take .*triton: its head dim is"):
+        choose(head_dim=512)
+
+
+# --- The committed times --------------------------------------------------------------------------
+
+
+def test_times_are_well_formed() -> None:
+    rows = backends.read_times()
+    assert rows
+    keys = [(r["capability"], r["head_dim"], r["seqlen"], r["dropout"]) for r in rows]
+    assert len(set(keys)) == len(keys)
+    for row in rows:
+        for measured in (row["forward"], row["forward_backward"]):
+            assert set(measured) <= set(GPU_BACKENDS), row
+            assert {"cudnn", "torch_flash", "triton"} <= set(measured)
+            assert all(ms > 0.0 for ms in measured.values())
+        assert all(row["forward"][name] < ms for name, ms in row["forward_backward"].items())
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "forward_backward"])
+def test_the_measured_best_is_chosen(needs_grad: bool) -> None:
+    for row in backends.read_times():
+        measured = row["forward_backward" if needs_grad else "forward"]
+        chosen = choose(
+            frozenset(measured), capability=row["capability"], head_dim=row["head_dim"],
+            seqlen_q=row["seqlen"], seqlen_k=row["seqlen"], dropout=row["dropout"],
+            needs_grad=needs_grad,
+        )  # fmt: skip
+        assert measured[chosen] == min(measured.values()), row
+
+
+def test_the_nearest_measured_case_decides() -> None:
+    def row(head_dim: int, seqlen: int, best: str) -> dict:
+        found = {name: 1.0 if name == best else 2.0 for name in ("cudnn", "torch_flash", "triton")}
+        return {
+            "capability": 90, "head_dim": head_dim, "seqlen": seqlen, "dropout": False,
+            "forward": found, "forward_backward": found,
+        }  # fmt: skip
+
+    times = [row(64, 128, "torch_flash"), row(64, 4096, "cudnn"), row(128, 4096, "triton")]
+    assert choose(times=times, seqlen_q=200, seqlen_k=200) == "torch_flash"
+    assert choose(times=times, seqlen_q=1024, seqlen_k=1024) == "cudnn"
+    assert choose(times=times, head_dim=128, seqlen_q=128, seqlen_k=128) == "triton"
+    assert choose(times=times, head_dim=80) == "cudnn"
+    # Nothing measured with dropout: the order without times.
+    assert choose(times=times, head_dim=128, dropout=True) == "cudnn"
+
+
+# --- The backends that are here -------------------------------------------------------------------
+
+
+@cuda_only
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 256, 256, 4, 2),
+        Case(2, 131, 131, 4, 4, 80),
+        Case(2, 200, 200, 4, 2, 96, dtype=FP16),
+        Case(1, 200, 200, 2, 2, 256),
+        Case(2, 100, 256, 2, 2, causal=False),
+        Case(2, 128, 256, 4, 2),
+        Case(2, 256, 128, 4, 2),
+        Case(1, 1, 77, 4, 2),
+        Case(2, 256, 256, 4, 2, window=(40, 0)),
+        Case(2, 256, 256, 4, 2, causal=False, window=(40, 10)),
+        Case(heads=4, lengths=((100, 100), (0, 0), (33, 90), (156, 156))),
+        Case(2, 200, 200, 4, 2, softcap=10.0),
+        Case(2, 200, 200, 4, 2, alibi=True),
+    ],
+    ids=lambda case: case.__repr__()[5:-1].replace(" ", ""),
+)
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_every_backend_here(backend: str, case: Case) -> None:
+    if backend not in backends.installed():
+        pytest.skip(f"{backend} is not installed")
+    case = dataclasses.replace(case, backend=backend)
+    try:
+        case.ours(case.inputs())
+    except ValueError as error:
+        pytest.skip(str(error))
+    check(case)
+
+
+@cuda_only
+@pytest.mark.parametrize("backend", ["cudnn", "torch_flash"])
+def test_dropout_of_torch(backend: str) -> None:
+    """The mean over masks is the result without dropout."""
+    case = Case(4, 128, 128, 8, 8, backend=backend)
+    inputs = case.inputs()
+    plain = case.ours(inputs)
+    mean = torch.zeros_like(plain, dtype=FP32)
+    for _ in range(200):
+        mean += case.ours(inputs, dropout_p=0.2).float() / 200
+    assert not torch.equal(case.ours(inputs, dropout_p=0.2), plain)
+    error = ((mean - plain.float()).norm() / plain.float().norm()).item()
+    # Of one mask 0.5; of the mean of 200, 0.035.
+    assert error < 0.06
+
+
+@cuda_only
+def test_deterministic_algorithms_are_respected() -> None:
+    case = Case(4, 512, 512, 8, 8, backend=None)
+    inputs = case.inputs()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = [results_and_gradients(inputs, case.ours(inputs)) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], value) for name, value in runs[0].items())
+
+
+# --- The packages' signatures ---------------------------------------------------------------------
+
+
+def _expected(q: Tensor, k: Tensor, v: Tensor, options: dict, window) -> Tensor:
+    left, right = (-1 if size is None else size for size in window)
+    return reference.attention(
+        q, k, v, softmax_scale=options["softmax_scale"], causal=options["causal"],
+        window_size=(left, right), softcap=options["softcap"],
+        alibi_slopes=options.get("alibi_slopes"),
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3", "flash_attn_4"])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (7, 0), (5, 3)])
+def test_calls_of_the_packages(name: str, window, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the packages' argument names, computing the reference."""
+    none = None if name == "flash_attn_4" else -1
+
+    def flash_attn_func(
+        q, k, v, *, softmax_scale, causal, window_size, softcap, deterministic, **others
+    ):
+        allowed = {"dropout_p", "alibi_slopes"} if name == "flash_attn_2" else set()
+        assert set(others) == allowed
+        assert all(size is none or size >= 0 for size in window_size) or causal
+        options = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap} | others
+        out = _expected(q, k, v, options, window_size)
+        return out if name == "flash_attn_2" else (out, None)
+
+    module: Any = types.ModuleType("stand_in")
+    module.flash_attn_func = flash_attn_func
+    module.cute = module
+    target = "flash_attn_interface" if name == "flash_attn_3" else "flash_attn"
+    monkeypatch.setitem(sys.modules, target, module)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    q, k, v = torch.randn(3, 2, 20, 4, 16)
+    slopes = torch.rand(4) if name == "flash_attn_2" else None
+    left, right = window
+    call = peers.Call(None, None, 20, 20, 0.3, left, right, 4.0, slopes, 0.0, True)
+    expected, _ = reference.attention(
+        q, k, v, softmax_scale=0.3, window_size=window, softcap=4.0, alibi_slopes=slopes
+    )
+    torch.testing.assert_close(peers.PEERS[name](q, k, v, call), expected)
+
+
+def test_the_front_uses_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def chosen(request, available, times, forced):
+        seen.append(request)
+        return "torch_flash"
+
+    monkeypatch.setattr(backends, "choose", chosen)
+    monkeypatch.setattr(attn, "_CHOICES", {})
+    monkeypatch.setitem(attn.PEERS, "torch_flash", lambda q, k, v, call: (q, call))
+    q, k, v = torch.zeros(3, 2, 20, 4, 16, device=DEVICE)
+    out, call = attn.flash_attn_func(q, k, v, causal=True, window_size=(9, 4), softcap=2.0)
+    assert out is q
+    assert (call.window_left, call.window_right, call.softcap) == (9, 0, 2.0)
+    assert seen[0].softcap
+    assert not seen[0].needs_grad
+    assert not seen[0].is_causal

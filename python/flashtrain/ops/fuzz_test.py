@@ -1,0 +1,23 @@
+"""10,000 random calls of each op: an error that names an argument, or the right answer."""
+
+import pytest
+
+from flashtrain.testing import fuzz
+
+OPS = (
+    "adamw",
+    "attention",
+    "cross_entropy",
+    "fused_dense",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rotary",
+)  # each has a <op>_fuzz.py
+CALLS = 10_000
+SEED = 20261124
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_random_calls(op: str) -> None:
+    # A minute alone on a machine; ten for a crowded one.
+    print(fuzz.run_in_process(f"flashtrain.ops.{op}_fuzz", SEED, CALLS, timeout=600))

@@ -1,0 +1,131 @@
+"""Scaled dot product attention in plain torch, materialising the scores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flashtrain.ops.reference.dropout import dropout_mask
+
+
+def visible_keys(
+    seqlen_q: int, seqlen_k: int, window_size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Which keys a query sees, bool [seqlen_q, seqlen_k]; -1 in window_size: no limit.
+
+    The last query sits at the last key (bottom right alignment).
+    """
+    position = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
+    key = torch.arange(seqlen_k, device=device)[None, :]
+    left, right = window_size
+    mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    if left >= 0:
+        mask &= key >= position - left
+    if right >= 0:
+        mask &= key <= position + right
+    return mask
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    softmax_scale: float,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """softcap * tanh(scale * q k^T / softcap) - slope * |distance|; -inf where a key is not seen.
+
+    Without softcap scale * q k^T.
+
+    Args:
+      q: [B, Sq, H, D].
+      k: [B, Sk, Hk, D], H a multiple of Hk: neighbouring query heads share a key head.
+      window_size: keys seen before and after the query's position; -1: all.
+      alibi_slopes: [H] or [B, H].
+
+    Returns [B, H, Sq, Sk].
+    """
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = torch.einsum("bihd,bjhd->bhij", q * softmax_scale, k)
+    if softcap > 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if alibi_slopes is not None:
+        position = torch.arange(seqlen_q, device=q.device)[:, None] + (seqlen_k - seqlen_q)
+        distance = (position - torch.arange(seqlen_k, device=q.device)[None, :]).abs()
+        scores = scores - alibi_slopes.to(scores.dtype)[..., None, None] * distance
+    return scores.masked_fill(~visible_keys(seqlen_q, seqlen_k, window_size, q.device), -math.inf)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep_mask: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dropout(softmax(attention_scores)) v of one batch of sequences of equal lengths.
+
+    Args:
+      q: [B, Sq, H, D].
+      k, v: [B, Sk, Hk, D].
+      softmax_scale: 1 / sqrt(D) when None.
+      causal: no key after the query's position; as window_size (left, 0).
+      keep_mask: [B, H, Sq, Sk], nonzero = kept; survivors are scaled by 1 / (1 - dropout_p).
+      compute_dtype: see the package's docstring.
+      others: as in `attention_scores`.
+
+    Returns out [B, Sq, H, D] in q's dtype or `compute_dtype`, and the log-sum-exp [B, H, Sq]. A
+    query that sees no key gives 0 and -inf.
+    """
+    out_dtype = q.dtype
+    if compute_dtype is not None:
+        out_dtype = compute_dtype
+        q, k, v = (t.to(compute_dtype) for t in (q, k, v))
+    scores = attention_scores(
+        q,
+        k,
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        window_size=(window_size[0], 0) if causal else window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+    )
+    lse = torch.logsumexp(scores, dim=-1)
+    # softmax of a row of -inf is NaN, and so is its gradient.
+    blind = (scores == -math.inf).all(-1, keepdim=True)
+    probabilities = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1)
+    probabilities = probabilities.masked_fill(blind, 0.0)
+    if keep_mask is not None:
+        probabilities = torch.where(keep_mask != 0, probabilities / (1.0 - dropout_p), 0.0)
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    return torch.einsum("bhij,bjhd->bihd", probabilities, v).to(out_dtype), lse
+
+
+def attention_keep_mask(
+    rng_state: Tensor,
+    batch: int,
+    num_heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    dropout_p: float,
+    first_row: int = 0,
+) -> Tensor:
+    """The dropout mask [B, H, Sq, Sk] of our kernels.
+
+    Of row (first_row + b * Sq + i) * H + h and column j of `dropout_mask`; first_row is where the
+    first sequence begins in q (cu_seqlens).
+    """
+    begin = first_row * num_heads
+    rows = dropout_mask(rng_state, begin + batch * seqlen_q * num_heads, seqlen_k, dropout_p)
+    return rows[begin:].view(batch, seqlen_q, num_heads, seqlen_k).transpose(1, 2)

@@ -1,0 +1,145 @@
+"""Random calls of the functions of rotary; see flashtrain.testing.fuzz."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtrain.ops import rotary
+from flashtrain.ops.reference.rotary import apply_rotary_emb as reference_rotary
+from flashtrain.testing.devices import DEVICE
+from flashtrain.testing.fuzz import FLOATS, Call, Expected, spoiled, tensor
+
+
+def _positions(a: dict[str, Any], x: Tensor) -> Tensor:
+    """Of every token of x [B, S, ...] or, with cu_seqlens, [T, ...]; -1: not rotated."""
+    offsets, position_ids, cu_seqlens = (
+        a.get(name) for name in ("seqlen_offsets", "position_ids", "cu_seqlens")
+    )
+    if position_ids is not None:
+        return position_ids.expand(x.shape[:2]).long()
+    if offsets is None:
+        offsets = 0
+    if cu_seqlens is None:
+        offsets = offsets.reshape(-1, 1).long() if isinstance(offsets, Tensor) else offsets
+        return (torch.arange(x.shape[1], device=x.device) + offsets).expand(x.shape[:2])
+    positions = torch.full(x.shape[:1], -1, device=x.device)
+    bounds = cu_seqlens.tolist()
+    assert bounds == sorted(bounds)
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        first = int(offsets[i]) if isinstance(offsets, Tensor) else offsets
+        positions[begin:end] = torch.arange(end - begin, device=x.device) + first
+    return positions
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, a: dict[str, Any]) -> Tensor:
+    """x [..., H, D] in float64."""
+    positions = _positions(a, x)
+    assert cos.shape == sin.shape
+    assert positions.numel() == 0 or positions.max() < cos.shape[0]
+    if cos.shape[0] == 0 or positions.numel() == 0:
+        return x.double()
+    turned = reference_rotary(
+        x, cos, sin, positions.clamp_min(0), interleaved=a.get("interleaved", False),
+        compute_dtype=torch.float64,
+    )  # fmt: skip
+    return turned.where((positions >= 0)[..., None, None], x.double())
+
+
+class _Reference:
+    def __init__(self, name: str, x: Tensor) -> None:
+        self.name = name
+        self.dtype = x.dtype
+
+    def __call__(self, a: dict[str, Any], results: list[Any]) -> list[Expected | None]:
+        x = a[self.name]
+        if x.is_meta:
+            return [Expected(x, x.dtype)]
+        dtype = self.dtype if x.dtype == torch.float64 else x.dtype
+        cos, sin = a["cos"], a["sin"]
+        if self.name == "x":
+            return [Expected(_rotated(x, cos, sin, a), dtype)]
+        tokens = 2 if a["cu_seqlens"] is None else 1
+        out = x.double().clone()
+        if self.name == "kv":
+            out.select(tokens, 0).copy_(_rotated(x.select(tokens, 0), cos, sin, a))
+            return [Expected(out, dtype)]
+        cos_k, sin_k = (cos, sin) if a["cos_k"] is None else (a["cos_k"], a["sin_k"])
+        if x.dim() == tokens + 3:
+            q, k = x.select(tokens, 0), x.select(tokens, 1)
+            out_q, out_k = out.select(tokens, 0), out.select(tokens, 1)
+        else:
+            heads = (a["num_heads_q"], (x.shape[-2] - a["num_heads_q"]) // 2)
+            q, k = x.split([*heads, heads[1]], -2)[:2]
+            out_q, out_k = out.split([*heads, heads[1]], -2)[:2]
+        out_q.copy_(_rotated(q, cos, sin, a))
+        out_k.copy_(_rotated(k, cos_k, sin_k, a))
+        return [Expected(out, dtype)]
+
+
+def _where(rng: random.Random, batch: int, length: int, table: int) -> dict[str, Any]:
+    """Positions in one of the ways to give them, within the table."""
+    room = table - length
+    kind = rng.randrange(4)
+    dtype = rng.choice((torch.int32, torch.int64))
+    if kind == 0:
+        return {"seqlen_offsets": rng.randint(0, room)}
+    if kind == 1:
+        offsets = [rng.randint(0, room) for _ in range(batch)]
+        return {"seqlen_offsets": torch.tensor(offsets, dtype=dtype, device=DEVICE)}
+    if kind == 2:
+        shape = rng.choice(((batch, length), (1, length), (length,)))
+        return {"position_ids": torch.randint(0, table, shape, dtype=dtype, device=DEVICE)}
+    return {}
+
+
+def _draw_shape(rng: random.Random) -> tuple[dict[str, Any], tuple[int, ...], int]:
+    """Keyword arguments of positions, the tokens' dimensions, and the length of the tables."""
+    batch, length = rng.choice((1, 2, 3)), rng.choice((1, 2, 5))
+    if rng.random() < 0.6:
+        table = length + rng.choice((0, 3))
+        return _where(rng, batch, length, table) | {"cu_seqlens": None}, (batch, length), table
+    lengths = [rng.randrange(4) for _ in range(batch)]
+    bounds = [sum(lengths[:i]) for i in range(batch + 1)]
+    dtype = rng.choice((torch.int32, torch.int64))
+    arguments: dict[str, Any] = {"cu_seqlens": torch.tensor(bounds, dtype=dtype, device=DEVICE)}
+    if rng.random() < 0.5:
+        arguments["max_seqlen"] = max(lengths)
+    return arguments, (bounds[-1] + rng.choice((0, 0, 2)),), 4
+
+
+def draw(rng: random.Random) -> Call:
+    arguments, tokens, table = _draw_shape(rng)
+    dim = rng.choice((2, 4, 6, 16, 20))
+    half = rng.randint(1, dim // 2)
+    dtype = rng.choice(FLOATS)
+    table_dtype = rng.choice((torch.float32, dtype))
+
+    def angles() -> Tensor:
+        return tensor(rng, (table, half), table_dtype).clamp(-1, 1)
+
+    arguments |= {"cos": angles(), "sin": angles(), "interleaved": rng.random() < 0.5}
+    heads = rng.choice((1, 2, 3))
+    kind = rng.randrange(3)
+    x = torch.randn(*tokens, *((), (3,), (2,))[kind], heads, dim).to(DEVICE, dtype)
+    if kind == 0:
+        arguments["inplace"] = rng.random() < 0.4
+        grad = not arguments["inplace"] and rng.random() < 0.7
+        arguments["x"] = x.requires_grad_() if grad else x
+        return spoiled(rng, Call(rotary.apply_rotary_emb, arguments, _Reference("x", x)))
+    if kind == 2:
+        arguments["kv"] = x
+        return spoiled(rng, Call(rotary.apply_rotary_emb_kv_, arguments, _Reference("kv", x)))
+    own = rng.random() < 0.4
+    arguments |= {"cos_k": angles() if own else None, "sin_k": angles() if own else None}
+    arguments["num_heads_q"] = None
+    if rng.random() < 0.5:
+        groups = rng.choice((1, 2))
+        x = torch.randn(*tokens, heads * groups + 2 * heads, dim).to(DEVICE, dtype)
+        arguments["num_heads_q"] = heads * groups
+    arguments["qkv"] = x
+    return spoiled(rng, Call(rotary.apply_rotary_emb_qkv_, arguments, _Reference("qkv", x)))
