@@ -1,47 +1,93 @@
-"""Causal multi-head self-attention.
+"""Multi-head attention.
 
-Legend: B batch, T sequence, D model width, H heads, K head dim (D = H * K).
+Legend: B batch, T queries, S keys, D model width, H heads, G heads of keys and values, K head dim
+(D = H * K).
 """
 
-import contextlib
+import dataclasses
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN's kernel is the fastest on Hopper (328 against 207 TFLOP/s forward at 32 x 1024 x 12 x 64);
-# what it does not support falls through to the next one.
-_HOPPER_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+from flashtrain.modules.plain_attention import alibi_slopes, plain_attention
+from flashtrain.modules.rotary import rotate
 
 
-def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context in which attention runs on the fastest kernel that torch has for the device.
+class KVCache:
+    """Keys and values of one layer for the tokens so far, in memory for `capacity` of them.
 
-    Entering it costs tens of microseconds on the host, so a model does it once for all its layers.
+    Args:
+        batch, capacity, num_kv_heads, head_dim: the shape [B, capacity, G, K].
     """
-    # Of the ways to ask for it, torch.compile folds this one into a constant.
-    if device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9:
-        return sdpa_kernel(_HOPPER_BACKENDS, set_priority=True)
-    return contextlib.nullcontext()
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        shape = (batch, capacity, num_kv_heads, head_dim)
+        self._keys = torch.empty(shape, device=device, dtype=dtype)
+        self._values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes T more tokens; all keys and all values, [B, length, G, K]."""
+        start, self.length = self.length, self.length + k_BTGK.shape[1]
+        self._keys[:, start : self.length] = k_BTGK
+        self._values[:, start : self.length] = v_BTGK
+        return self._keys[:, : self.length], self._values[:, : self.length]
 
 
-class CausalSelfAttention(nn.Module):
-    """softmax(scale * q k^T + causal mask) v, with one packed projection for q, k and v.
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all layers of a model share about the tokens of one call; every field may be left out.
+
+    Attributes:
+        rotary: (cos, sin) of the tokens' positions, see `rotary_tables`; for self-attention.
+        cu_seqlens: int32 [N + 1], bounds of the sequences among the B * T tokens, equal ones for
+            none: each sequence sees itself alone.
+        max_seqlen: no sequence of cu_seqlens is longer.
+        mask: bool [B, 1, T, S], true where a query sees a key; with a KVCache only.
+    """
+
+    rotary: tuple[Tensor, Tensor] | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+    mask: Tensor | None = None
+
+
+EMPTY_CONTEXT = Context()
+
+
+class MultiHeadAttention(nn.Module):
+    """softmax(scale * q k^T + mask) v, with one packed projection for q, k and v.
+
+    Its rows are H heads of q, then G of k, then G of v. With `cross`, the projection `q` reads the
+    tokens and `kv` what they attend to.
 
     Args:
         d_model: width D, a multiple of num_heads.
         num_heads: H.
+        num_kv_heads: G, of which num_heads is a multiple; H when None. G < H is grouped-query
+            attention, G = 1 multi-query attention.
+        cross: keys and values come from another sequence.
+        causal: position t sees positions 0..t only.
+        window: how many positions before and after its own a query sees; -1: without bound.
+        alibi: subtract a multiple of the distance from the scores, see `alibi_slopes`.
+        rotary_interleaved: see `rotate`.
         dropout_p: probability of dropping an attention weight, in training only.
         softmax_scale: 1 / sqrt(K) when None.
+        bias: of the projections.
+        fused: use the kernels of `flashtrain.ops.rotary` and `flashtrain.ops.attention`.
 
     Raises:
-        ValueError: d_model is not a multiple of num_heads.
+        ValueError: head numbers do not divide what they should.
     """
 
     def __init__(
@@ -49,30 +95,139 @@ class CausalSelfAttention(nn.Module):
         d_model: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
+        cross: bool = False,
+        causal: bool = False,
+        window: tuple[int, int] = (-1, -1),
+        alibi: bool = False,
+        rotary_interleaved: bool = False,
         dropout_p: float = 0.0,
         softmax_scale: float | None = None,
+        bias: bool = True,
+        fused: bool = True,
     ):
         super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if d_model % num_heads:
             raise ValueError(f"d_model={d_model} is not a multiple of num_heads={num_heads}")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}"
+            )
         self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
         self.head_dim = d_model // num_heads
+        self.causal = causal
+        self.window = window
+        self.rotary_interleaved = rotary_interleaved
         self.dropout_p = dropout_p
         self.softmax_scale = self.head_dim**-0.5 if softmax_scale is None else softmax_scale
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.out = nn.Linear(d_model, d_model)
+        kv_width = 2 * num_kv_heads * self.head_dim
+        if cross:
+            self.q = nn.Linear(d_model, d_model, bias=bias)
+            self.kv = nn.Linear(d_model, kv_width, bias=bias)
+        else:
+            self.qkv = nn.Linear(d_model, d_model + kv_width, bias=bias)
+        self.cross = cross
+        self.fused = fused
+        self.out = nn.Linear(d_model, d_model, bias=bias)
+        slopes = alibi_slopes(num_heads) if alibi else None
+        self.register_buffer("alibi", slopes, persistent=False)
+        if fused:
+            # Imported on demand: the plain model needs no compiled extension.
+            from flashtrain.ops import attention, rotary
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]; position t sees positions 0..t."""
-        q_BHTK, k_BHTK, v_BHTK = (
-            self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+            self._flash_attn: Any = attention.flash_attn_func
+            self._flash_attn_varlen: Any = attention.flash_attn_varlen_func
+            self._rotate_qkv_ = rotary.apply_rotary_emb_qkv_
+
+    def _project(
+        self, x_BTD: Tensor, other_BSD: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, K], k and v [B, S, G, K], the first two rotated."""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if self.cross:
+            q_BTHK = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
+            kv = self.kv(other_BSD).unflatten(-1, (-1, self.head_dim))
+            return q_BTHK, *kv.split(heads[1:], dim=-2)
+        qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if rotary is not None and self.fused:
+            qkv = self._rotate_packed(qkv, *rotary)
+        q_BTHK, k_BTGK, v_BTGK = qkv.split(heads, dim=-2)
+        if rotary is not None and not self.fused:
+            q_BTHK = rotate(q_BTHK, *rotary, interleaved=self.rotary_interleaved)
+            k_BTGK = rotate(k_BTGK, *rotary, interleaved=self.rotary_interleaved)
+        return q_BTHK, k_BTGK, v_BTGK
+
+    def _rotate_packed(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates q and k of [B, T, H + 2 G, K] in place and in one launch."""
+        shape = qkv.shape
+        if cos.ndim == 3:  # every row has positions of its own: all tokens as one sequence
+            cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
+            qkv = qkv.flatten(0, 1).unsqueeze(0)
+        qkv = self._rotate_qkv_(
+            qkv,
+            cos,
+            sin,
+            interleaved=self.rotary_interleaved,
+            num_heads_q=self.num_heads,
         )
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BHTK,
-            v_BHTK,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            is_causal=True,
-            scale=self.softmax_scale,
+        return qkv.view(shape)
+
+    def _attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, context: Context) -> Tensor:
+        """[B, T, H, K]."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        if not self.fused or context.mask is not None:
+            return plain_attention(
+                q_BTHK,
+                k_BSGK,
+                v_BSGK,
+                dropout_p=dropout_p,
+                softmax_scale=self.softmax_scale,
+                causal=self.causal,
+                window=self.window,
+                alibi=self.alibi,
+                cu_seqlens=context.cu_seqlens,
+                mask=context.mask,
+            )
+        options = {
+            "dropout_p": dropout_p,
+            "softmax_scale": self.softmax_scale,
+            "causal": self.causal,
+            "window_size": self.window,
+            # float: a model in a low precision has low-precision buffers.
+            "alibi_slopes": None if self.alibi is None else self.alibi.float(),
+        }
+        if context.cu_seqlens is None:
+            return self._flash_attn(q_BTHK, k_BSGK, v_BSGK, **options)
+        y = self._flash_attn_varlen(
+            *(t.flatten(0, 1) for t in (q_BTHK, k_BSGK, v_BSGK)),
+            context.cu_seqlens,
+            context.cu_seqlens,
+            context.max_seqlen,
+            context.max_seqlen,
+            **options,
         )
-        return self.out(y_BHTK.transpose(1, 2).flatten(2))
+        return y.view(q_BTHK.shape)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        other_BSD: Tensor | None = None,
+        *,
+        context: Context = EMPTY_CONTEXT,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D].
+
+        Args:
+            x_BTD: what asks.
+            other_BSD: [B, S, D], what it attends to; for cross attention only.
+            context: see `Context`.
+            cache: takes this call's keys and values and gives those of the tokens before, too.
+        """
+        q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, other_BSD, context.rotary)
+        if cache is not None:
+            k_BSGK, v_BSGK = cache.append(k_BSGK, v_BSGK)
+        y_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, context)
+        return self.out(y_BTHK.flatten(2))
