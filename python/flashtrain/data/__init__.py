@@ -5,17 +5,43 @@
 >>> tokens_BT, targets_BT = dataset.train_batch(step=0, global_batch_size=16)
 """
 
-from flashtrain.data.dataset import TokenDataset
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from flashtrain.data.errors import DataError
-from flashtrain.data.sources import load_dataset, prepare
-from flashtrain.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
+from flashtrain.data.tokenizer import ByteTokenizer, GPT2Tokenizer, Tokenizer, get_tokenizer
+
+if TYPE_CHECKING:
+    from flashtrain.data.dataset import TokenDataset
+    from flashtrain.data.describe import describe_samples
+    from flashtrain.data.load import load_dataset
+    from flashtrain.data.loader import BatchLoader
+    from flashtrain.data.sources import prepare
 
 __all__ = [
+    "BatchLoader",
     "ByteTokenizer",
     "DataError",
+    "GPT2Tokenizer",
     "TokenDataset",
     "Tokenizer",
+    "describe_samples",
     "get_tokenizer",
     "load_dataset",
     "prepare",
 ]
+
+# Most of these import torch, which takes seconds; the processes that tokenise need none of it.
+_LAZY = {
+    "BatchLoader": "loader",
+    "TokenDataset": "dataset",
+    "describe_samples": "describe",
+    "load_dataset": "load",
+    "prepare": "sources",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,17 +1,18 @@
-"""A prepared dataset as training and validation read it.
+"""Prepared datasets as training and validation read them.
 
-The order of training is a pure function: the samples of a global step depend on the dataset, the
-seed, the step and the global batch size, and on nothing else. So a run may stop and go on anywhere,
-on any number of ranks, and see the same tokens in the same order.
+The order of training is a pure function: sample number n of a run depends on the datasets, their
+weights and the seed, and on nothing else. So a run may stop and go on anywhere, on any number of
+ranks, and see the same tokens in the same order.
 
 The tokens of a split are cut into windows of seq_len + 1, each starting at the last token of the
 one before: the inputs are its first seq_len tokens, the targets its last, and every token but the
 first is a target exactly once. The last partial window takes no part in training.
 
-Legend: B batch, T sequence.
+Legend: B batch, T sequence, C documents of a window.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,120 +20,250 @@ import torch
 from torch import Tensor
 
 from flashtrain.data.errors import DataError
+from flashtrain.data.interleave import Interleave
 from flashtrain.data.permutation import Permutation
-from flashtrain.data.token_files import open_split, read_manifest
+from flashtrain.data.token_files import open_documents, open_split, read_manifest
 from flashtrain.data.tokenizer import Tokenizer, get_tokenizer
+
+# Fewest columns of documents_BC: so few that they cost nothing, enough for most windows.
+_MIN_DOCUMENTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One prepared folder of a dataset."""
+
+    folder: Path
+    weight: float
 
 
 class TokenDataset:
-    """Windows of tokens from a folder of prepared data.
+    """Windows of tokens from a folder of prepared data, or from several, mixed by weight.
 
     Args:
-        folder: prepared data, see docs/data_format.md.
+        folder: prepared data, see docs/data_format.md; several as `Part`s.
         seq_len: T, the number of inputs (and of targets) of a window.
         seed: of the shuffle.
+        document_mask: batches say where documents begin.
         verify: compute the checksums of large files too.
 
     Raises:
-        DataError: the folder is missing or damaged, its tokenizer is unknown, or it holds less than
-            one window to train on.
+        DataError: a folder is missing or damaged, its tokenizer is unknown or not that of the
+            others, it holds less than one window to train on, or no documents to mask.
     """
 
-    def __init__(self, folder: Path, *, seq_len: int, seed: int, verify: bool = False):
+    def __init__(
+        self,
+        folder: Path | Sequence[Part],
+        *,
+        seq_len: int,
+        seed: int,
+        document_mask: bool = False,
+        verify: bool = False,
+    ):
         if seq_len < 1:
             raise DataError(f"data.seq_len={seq_len} must be at least 1")
         if not 0 <= seed < 2**64:
             raise DataError(f"data.seed={seed} must be in [0, 2**64)")
-        self.folder = folder
+        parts = [Part(folder, 1.0)] if isinstance(folder, Path) else list(folder)
         self.seq_len = seq_len
         self.seed = seed
-        self.manifest = read_manifest(folder)
-        self.tokenizer: Tokenizer = get_tokenizer(self.manifest.tokenizer)
-        self.train_tokens = open_split(folder, self.manifest, "train", verify=verify)
-        self.val_tokens = open_split(folder, self.manifest, "val", verify=verify)
-        self.num_train_windows = (len(self.train_tokens) - 1) // seq_len
-        if self.num_train_windows < 1:
-            raise DataError(
-                f"{folder} has {len(self.train_tokens):,} training tokens, fewer than a window of"
-                f" data.seq_len + 1 = {seq_len + 1}; choose a smaller data.seq_len"
-            )
-        if len(self.val_tokens) < 2:
-            raise DataError(f"{folder} has {len(self.val_tokens)} validation tokens, needed are 2")
+        self.document_mask = document_mask
+        self.sources = [_Tokens(part.folder, seq_len, document_mask, verify) for part in parts]
+        self.tokenizer: Tokenizer = get_tokenizer(self.sources[0].manifest.tokenizer)
+        for source in self.sources:
+            if source.manifest.tokenizer != self.tokenizer.name:
+                raise DataError(
+                    f"{source.folder} has the tokenizer {source.manifest.tokenizer!r}, but"
+                    f" {self.sources[0].folder} has {self.tokenizer.name!r}; a mixture has one"
+                )
+        try:
+            self._interleave = Interleave([part.weight for part in parts], seed)
+        except ValueError as error:
+            raise DataError(f"data.source: {error}") from error
 
     @property
     def vocab_size(self) -> int:
-        return self.manifest.vocab_size
+        return max(source.manifest.vocab_size for source in self.sources)
 
-    def window_indices(self, step: int, global_batch_size: int) -> np.ndarray:
-        """Indices, int64 [global_batch_size], of the training windows of a global step.
+    @property
+    def num_train_windows(self) -> int:
+        return sum(source.num_windows for source in self.sources)
 
-        Samples are numbered through the run; each epoch is another permutation of all windows, and
-        a batch may end one epoch and begin the next.
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where samples are read from: indices into `sources`, and of their training windows.
+
+        Samples are numbered through the run; each epoch of a source is another permutation of its
+        windows, and a batch may end one epoch and begin the next.
+
+        Args:
+            samples: sample numbers from 0 on, int64 [n].
+
+        Returns:
+            (sources, windows), int64 [n] both.
         """
+        if len(self.sources) == 1:
+            sources, within = np.zeros_like(samples), samples
+        else:
+            sources, within = self._interleave(samples)
+        windows = np.empty_like(samples)
+        for number, source in enumerate(self.sources):
+            of_source = sources == number
+            windows[of_source] = source.windows(within[of_source], self.seed)
+        return sources, windows
+
+    def train_samples(
+        self, first_sample: int, count: int, *, rank: int = 0, world_size: int = 1
+    ) -> tuple[Tensor, ...]:
+        """The rank's share of `count` samples; ranks 0..world_size-1 hold consecutive shares.
+
+        Returns:
+            (tokens_BT, targets_BT), int64 on the CPU, B = count / world_size; with
+            `document_mask` also (documents_BC, positions_BT): int32, where the documents of each
+            window begin, the first at 0, filled up with T, C a power of two; and int64, each
+            token's position in its document, or in the window if the document began before it.
+
+        Raises:
+            DataError: `count` is not a multiple of world_size, or an argument is out of range.
+        """
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank={rank} must be in [0, world_size={world_size})")
+        if first_sample < 0:
+            raise DataError(f"first_sample={first_sample} must be at least 0")
+        if count < 1 or count % world_size:
+            raise DataError(f"{count} samples are not a multiple of world_size={world_size}")
+        share = count // world_size
+        begin = first_sample + rank * share
+        sources, windows = self.locate(np.arange(begin, begin + share, dtype=np.int64))
+        places = [
+            (self.sources[source], window * self.seq_len)
+            for source, window in zip(sources.tolist(), windows.tolist())
+        ]
+        rows = np.empty((share, self.seq_len + 1), np.int64)
+        for row, (source, start) in zip(rows, places):
+            row[:] = source.train.tokens[start : start + self.seq_len + 1]
+        if not self.document_mask:
+            return _batch(rows, None)
+        return _batch(rows, [source.train.document_starts(s, self.seq_len) for source, s in places])
+
+    def train_batch(
+        self, step: int, global_batch_size: int, *, rank: int = 0, world_size: int = 1
+    ) -> tuple[Tensor, ...]:
+        """The rank's share of a global step, whose batches are all of one size; `train_samples`."""
         if step < 0:
             raise DataError(f"step={step} must be at least 0")
         if global_batch_size < 1:
             raise DataError(f"global_batch_size={global_batch_size} must be at least 1")
-        samples = step * global_batch_size + np.arange(global_batch_size, dtype=np.int64)
-        epochs, positions = np.divmod(samples, self.num_train_windows)
-        indices = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            permutation = Permutation(self.num_train_windows, self.seed, stream=int(epoch))
-            indices[epochs == epoch] = permutation(positions[epochs == epoch])
-        return indices
-
-    def train_batch(
-        self, step: int, global_batch_size: int, *, rank: int = 0, world_size: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """The rank's slice of a global step.
-
-        Ranks 0..world_size-1 hold consecutive slices of the step's samples.
-
-        Returns:
-            (tokens, targets), int64 [global_batch_size / world_size, T] on the CPU.
-
-        Raises:
-            DataError: the global batch is not a multiple of world_size, or an argument is out of
-                range.
-        """
-        if not 0 <= rank < world_size:
-            raise DataError(f"rank={rank} must be in [0, world_size={world_size})")
-        if global_batch_size % world_size:
-            raise DataError(
-                f"global_batch_size={global_batch_size} is not a multiple of"
-                f" world_size={world_size}"
-            )
-        share = global_batch_size // world_size
-        indices = self.window_indices(step, global_batch_size)[rank * share : (rank + 1) * share]
-        return self._windows(self.train_tokens, indices)
+        return self.train_samples(
+            step * global_batch_size, global_batch_size, rank=rank, world_size=world_size
+        )
 
     def val_batches(
         self, batch_size: int, *, rank: int = 0, world_size: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The whole validation split, each token but the first a target once; ranks take turns.
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The validation splits, one after the other, whole: of each, every token but the first is
+        a target once. Ranks take turns.
 
         Batches differ in their number of targets (the last windows may be fewer, and the very last
         one shorter, in a batch of its own), so weigh each batch's mean loss by `targets.numel()`;
         ranks may get different numbers of batches.
 
         Yields:
-            (tokens, targets), int64 [at most batch_size, T] on the CPU.
+            Batches as of `train_samples`, of at most batch_size windows.
         """
-        num_windows = (len(self.val_tokens) - 1) // self.seq_len
-        starts = range(0, num_windows, batch_size)
-        for i, start in enumerate(starts):
-            if i % world_size == rank:
-                indices = np.arange(start, min(start + batch_size, num_windows))
-                yield self._windows(self.val_tokens, indices)
-        tail = self.val_tokens[num_windows * self.seq_len :]
-        if len(tail) > 1 and len(starts) % world_size == rank:
-            window = torch.from_numpy(tail.astype(np.int64))[None]
-            yield window[:, :-1], window[:, 1:]
+        turn = 0
+        for source in self.sources:
+            for windows in source.val.batches(batch_size, self.seq_len):
+                if turn % world_size == rank:
+                    yield self._val_batch(source.val, *windows)
+                turn += 1
 
-    def _windows(self, tokens: np.ndarray, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        windows = np.empty((len(indices), self.seq_len + 1), np.int64)
-        for row, index in zip(windows, indices, strict=True):
-            start = index * self.seq_len
-            row[:] = tokens[start : start + self.seq_len + 1]
-        windows_t = torch.from_numpy(windows)
-        return windows_t[:, :-1].contiguous(), windows_t[:, 1:].contiguous()
+    def _val_batch(
+        self, split: "_Split", first: int, count: int, length: int
+    ) -> tuple[Tensor, ...]:
+        tokens = split.tokens[first : first + count * length + 1].astype(np.int64)
+        rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length].copy()
+        if not self.document_mask:
+            return _batch(rows, None)
+        return _batch(
+            rows, [split.document_starts(first + i * length, length) for i in range(count)]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """One split of a folder: its tokens and, where they are known, the ends of its documents."""
+
+    tokens: np.ndarray
+    ends: np.ndarray | None
+
+    def document_starts(self, first: int, length: int) -> np.ndarray:
+        """Where documents begin in the tokens first..first+length-1: 0, and after each end."""
+        assert self.ends is not None
+        begin = np.searchsorted(self.ends, np.uint64(first), side="right")
+        end = np.searchsorted(self.ends, np.uint64(first + length), side="left")
+        inner = self.ends[begin:end].astype(np.int64) - first
+        return np.concatenate([[0], inner])
+
+    def batches(self, batch_size: int, seq_len: int) -> Iterator[tuple[int, int, int]]:
+        """(first token, windows, inputs of each) of batches that cover the split."""
+        num_windows = (len(self.tokens) - 1) // seq_len
+        for window in range(0, num_windows, batch_size):
+            yield window * seq_len, min(batch_size, num_windows - window), seq_len
+        rest = len(self.tokens) - 1 - num_windows * seq_len
+        if rest:
+            yield num_windows * seq_len, 1, rest
+
+
+class _Tokens:
+    """One folder of prepared data, opened."""
+
+    def __init__(self, folder: Path, seq_len: int, document_mask: bool, verify: bool):
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        splits = {}
+        for name in ("train", "val"):
+            tokens = open_split(folder, self.manifest, name, verify=verify)
+            ends = open_documents(folder, self.manifest, name, verify=verify)
+            if document_mask and ends is None:
+                raise DataError(
+                    f"data.document_mask needs to know where documents end, but {folder} has no"
+                    " index of documents; delete it and prepare it again"
+                )
+            splits[name] = _Split(tokens, ends)
+        self.train, self.val = splits["train"], splits["val"]
+        self.num_windows = (len(self.train.tokens) - 1) // seq_len
+        if self.num_windows < 1:
+            raise DataError(
+                f"{folder} has {len(self.train.tokens):,} training tokens, fewer than a window of"
+                f" data.seq_len + 1 = {seq_len + 1}; choose a smaller data.seq_len"
+            )
+        if len(self.val.tokens) < 2:
+            raise DataError(f"{folder} has {len(self.val.tokens)} validation tokens, needed are 2")
+
+    def windows(self, samples: np.ndarray, seed: int) -> np.ndarray:
+        """The windows, int64, that are this folder's samples of the given numbers."""
+        epochs, positions = np.divmod(samples, self.num_windows)
+        indices = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            permutation = Permutation(self.num_windows, seed, stream=int(epoch))
+            indices[epochs == epoch] = permutation(positions[epochs == epoch])
+        return indices
+
+
+def _batch(rows: np.ndarray, starts: Sequence[np.ndarray] | None) -> tuple[Tensor, ...]:
+    """Tensors of windows, int64 [B, T + 1], and of where their documents begin."""
+    windows_t = torch.from_numpy(rows)
+    batch = (windows_t[:, :-1].contiguous(), windows_t[:, 1:].contiguous())
+    if starts is None:
+        return batch
+    length = rows.shape[1] - 1
+    most = max(map(len, starts))
+    columns = max(_MIN_DOCUMENTS, 1 << (most - 1).bit_length())
+    documents_BC = np.full((len(rows), columns), length, np.int32)
+    positions_BT = np.empty((len(rows), length), np.int64)
+    for documents, positions, of_row in zip(documents_BC, positions_BT, starts):
+        documents[: len(of_row)] = of_row
+        lengths = np.diff(of_row, append=length)
+        positions[:] = np.arange(length) - np.repeat(of_row, lengths)
+    return (*batch, torch.from_numpy(documents_BC), torch.from_numpy(positions_BT))

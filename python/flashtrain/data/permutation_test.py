@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashtrain.data.permutation import Permutation
 
@@ -14,6 +16,13 @@ def test_is_a_bijection(sizes):
         images = Permutation(size, seed=size * 7919, stream=size % 3)(np.arange(size))
         assert images.dtype == np.int64
         assert np.array_equal(np.sort(images), np.arange(size)), size
+
+
+@settings(max_examples=200, deadline=None)
+@given(size=st.integers(1, 5000), seed=st.integers(0, 2**64 - 1), stream=st.integers(0, 2**64 - 1))
+def test_is_a_bijection_for_every_key(size, seed, stream):
+    images = Permutation(size, seed, stream)(np.arange(size))
+    assert np.array_equal(np.sort(images), np.arange(size))
 
 
 def test_large_domains_stay_inside_and_do_not_collide():

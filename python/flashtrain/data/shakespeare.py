@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from flashtrain.data.errors import DataError
-from flashtrain.data.token_files import read_manifest, write_token_files
+from flashtrain.data.token_files import read_manifest, remove_abandoned, write_token_files
 from flashtrain.data.tokenizer import ByteTokenizer
 
 # A tragedy and a comedy of ordinary length: 4% of the text.
@@ -83,12 +83,18 @@ def prepare_shakespeare(out_dir: Path) -> None:
             or another edition.
     """
     if out_dir.exists():
-        edition = read_manifest(out_dir).source.get("edition")
+        source = read_manifest(out_dir).source
+        edition = source.get("edition")
+        if source.get("name") != "shakespeare":
+            raise DataError(
+                f"{out_dir} holds other data than 'shakespeare'; choose another folder with --out"
+            )
         if edition != EDITION:
             raise DataError(
                 f"{out_dir} holds edition {edition!r} of the data, current is {EDITION}; delete it"
                 " and prepare it again"
             )
+        remove_abandoned(out_dir)
         return
     works = read_works()
     tokenizer = ByteTokenizer()
@@ -96,12 +102,15 @@ def prepare_shakespeare(out_dir: Path) -> None:
         "train": [t for name, t in works.items() if name not in VALIDATION_WORKS],
         "val": [works[name] for name in VALIDATION_WORKS],
     }
+    tokens = {s: tokenizer.encode_to_array("\n".join(texts)) for s, texts in text.items()}
+    # A work ends with the line break that joins it to the next one.
+    ends = {s: np.cumsum([len(t) + 1 for t in texts]) for s, texts in text.items()}
+    for split in ends:
+        ends[split][-1] = len(tokens[split])
     write_token_files(
         out_dir,
-        {
-            split: np.frombuffer("\n".join(texts).encode("utf-8"), np.uint8)
-            for split, texts in text.items()
-        },
+        tokens,
+        ends=ends,
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
         source={

@@ -77,20 +77,34 @@ def test_tokens_are_the_works(data_dir, works, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(data_dir))
     dataset = load_dataset(source="shakespeare", seq_len=128, seed=0)
     assert dataset.vocab_size == 256
-    val = dataset.tokenizer.decode(dataset.val_tokens.tolist())
+    source = dataset.sources[0]
+    val = dataset.tokenizer.decode(source.val.tokens.tolist())
     assert val == works["macbeth"] + "\n" + works["tempest"]
-    train = dataset.tokenizer.decode(dataset.train_tokens.tolist())
+    train = dataset.tokenizer.decode(source.train.tokens.tolist())
     for name, text in works.items():
         assert (text in train) == (name not in ("macbeth", "tempest")), name
-    assert np.asarray(dataset.train_tokens).max() < 128  # plain ASCII
+    assert np.asarray(source.train.tokens).max() < 128  # plain ASCII
 
 
 def test_loading_prepares_what_is_missing(tmp_path, data_dir, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "new"))
     dataset = load_dataset(source="shakespeare", seq_len=128, seed=0)
-    for name in ("manifest.json", "train.bin", "val.bin"):
+    folder = dataset.sources[0].folder
+    for name in ("manifest.json", "train.bin", "train.documents.bin", "val.bin"):
         expected = (data_dir / "shakespeare" / name).read_bytes()
-        assert (dataset.folder / name).read_bytes() == expected
+        assert (folder / name).read_bytes() == expected
+
+
+def test_documents_are_works(data_dir, works, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(data_dir))
+    source = load_dataset(source="shakespeare", seq_len=128, seed=0).sources[0]
+    names = [name for name in works if name not in ("macbeth", "tempest")]
+    start = 0
+    assert source.train.ends is not None
+    for name, end in zip(names, source.train.ends.tolist(), strict=True):
+        text = bytes(source.train.tokens[start:end].tolist()).decode()
+        assert text == works[name] + ("" if name == names[-1] else "\n")
+        start = end
 
 
 def test_another_edition_in_the_cache_is_refused(data_dir, monkeypatch):

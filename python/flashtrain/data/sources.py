@@ -1,69 +1,259 @@
-"""Datasets by name: where their prepared files are, and how some are prepared on the spot."""
+"""Datasets by name: where their text comes from, and their prepared folders.
 
+| source                    | text                                                            |
+|---------------------------|-----------------------------------------------------------------|
+| openwebtext               | the hub's Skylion007/openwebtext                                |
+| the_pile, the_pile:<dir>  | The Pile's own shards, train/*.jsonl.zst and val.jsonl.zst; the |
+|                           | folder is ${DATA_DIR}/the_pile_shards where none is named       |
+| pile_uncopyrighted        | the hub's monology/pile-uncopyrighted                           |
+| pile_deduplicated         | the hub's EleutherAI/the_pile_deduplicated                      |
+| wikitext103, wikitext2    | the hub's Salesforce/wikitext, raw                              |
+| shakespeare               | see shakespeare.py; bytes                                       |
+| shakespeare_gpt2          | the same works as GPT-2's tokens                                |
+| text:<glob>               | files, each a document                                          |
+| jsonl:<glob>:<field>      | files of JSON objects, one a line                               |
+| parquet:<glob>:<column>   | Parquet files                                                   |
+| hf:<name>[:<config>[:<column>]] | any dataset that `datasets` can stream                    |
+"""
+
+import dataclasses
+import glob
+import hashlib
+import json
 import os
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from flashtrain.data.dataset import TokenDataset
+from flashtrain.data import hub
+from flashtrain.data.corpus import Corpus, HubSplit, JsonLines, Parquet, Shard, TextFiles, Texts
 from flashtrain.data.errors import DataError
 from flashtrain.data.paths import cache_dir, user_path
-from flashtrain.data.shakespeare import prepare_shakespeare
-from flashtrain.data.token_files import MANIFEST
+from flashtrain.data.preparation import Source, Summary, prepare_source, summarize
+from flashtrain.data.shakespeare import (
+    EDITION,
+    VALIDATION_WORKS,
+    prepare_shakespeare,
+    read_works,
+)
 from flashtrain.errors import did_you_mean
 
-# Sources that training prepares by itself.
-_PREPARE: dict[str, Callable[[Path], None]] = {"shakespeare": prepare_shakespeare}
+_GPT2 = "gpt2"
+# Small files are read by the hundred: a shard has a record of its own.
+_SHARD_BYTES = 2**26
+_SHARD_FILES = 1000
 
-# Sources that are read where a prepared folder of them exists.
-_PREPARED_ONLY = ("openwebtext", "the_pile")
 
+@dataclasses.dataclass(frozen=True)
+class HubSource:
+    """A dataset of the hub, or a local folder in its layout."""
 
-def prepare(source: str) -> Path:
-    """The folder of a source's prepared data, prepared first where that is needed and possible.
+    dataset: str
+    name: str
+    config: str | None = None
+    column: str | None = None
+    end_of_text: bool = True
+    tokenizer: str = _GPT2
 
-    Raises:
-        DataError: the source is unknown, or is not there and cannot be prepared here.
-    """
-    folder = cache_dir(source)
-    if source in _PREPARE:
-        _PREPARE[source](folder)
-        return folder
-    if source in _PREPARED_ONLY:
-        if not (folder / MANIFEST).exists():
-            raise DataError(
-                f"no prepared data for data.source={source!r}: looked for {folder / MANIFEST};"
-                " set DATA_DIR to the folder above it, or --config.data.path to any prepared folder"
+    def description(self) -> dict[str, Any]:
+        known = {"dataset": self.dataset, "hub": self.name, "config": self.config}
+        return {key: value for key, value in known.items() if value is not None}
+
+    def corpus(self) -> Corpus:
+        info = hub.describe(self.name, self.config, self.column)
+        splits: dict[str, tuple[Shard, ...]] = {
+            ours: tuple(
+                HubSplit(self.name, self.config, theirs, info.column, i, shards, self.end_of_text)
+                for i in range(shards)
             )
-        return folder
-    raise DataError(
-        f"data.source={source!r} is unknown; {did_you_mean(source, [*_PREPARE, *_PREPARED_ONLY])}"
-        " (or set --config.data.path to a prepared folder)"
+            for ours, (theirs, shards) in info.splits.items()
+        }
+        return Corpus(splits, self.end_of_text)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """Local files.
+
+    Attributes:
+        patterns: globs by split; a split "test" may be missing.
+        shards: from the files of a split.
+        hint: what to do where files are missing.
+    """
+
+    dataset: str
+    patterns: dict[str, str]
+    shards: Callable[[list[Path]], tuple[Shard, ...]]
+    hint: str = "the pattern is relative to the folder you are in; quote it from the shell"
+    tokenizer: str = _GPT2
+
+    def description(self) -> dict[str, Any]:
+        listing = [
+            (split, file.name, file.stat().st_size)
+            for split, files in self._files().items()
+            for file in files
+        ]
+        return {
+            "dataset": self.dataset,
+            "files": len(listing),
+            "bytes": sum(size for *_, size in listing),
+            "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        }
+
+    def corpus(self) -> Corpus:
+        return Corpus({split: self.shards(files) for split, files in self._files().items()})
+
+    def _files(self) -> dict[str, list[Path]]:
+        found = {}
+        for split, relative in self.patterns.items():
+            pattern = str(user_path(relative))
+            files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+            found[split] = [file for file in files if file.is_file()]
+            if not found[split] and split != "test":
+                raise DataError(f"{self.dataset}: no file matches {pattern}; {self.hint}")
+        return {split: files for split, files in found.items() if files}
+
+
+@dataclasses.dataclass(frozen=True)
+class WorksSource:
+    """The works of Shakespeare, each a document, as GPT-2's tokens."""
+
+    dataset: str
+    tokenizer: str = _GPT2
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            "package": "shakespeare 0.6",
+            "edition": EDITION,
+            "validation_works": list(VALIDATION_WORKS),
+        }
+
+    def corpus(self) -> Corpus:
+        works = read_works()
+        train = tuple(text for name, text in works.items() if name not in VALIDATION_WORKS)
+        val = tuple(works[name] for name in VALIDATION_WORKS)
+        return Corpus({"train": (Texts(train),), "val": (Texts(val),)})
+
+
+def _text_shards(files: list[Path]) -> tuple[Shard, ...]:
+    """Files in groups, in order."""
+    groups: list[list[Path]] = []
+    size = _SHARD_BYTES
+    for file in files:
+        if size >= _SHARD_BYTES or len(groups[-1]) >= _SHARD_FILES:
+            groups.append([])
+            size = 0
+        groups[-1].append(file)
+        size += file.stat().st_size
+    return tuple(TextFiles(tuple(group)) for group in groups)
+
+
+def _json_shards(field: str) -> Callable[[list[Path]], tuple[Shard, ...]]:
+    return lambda files: tuple(JsonLines(file, field) for file in files)
+
+
+def _parquet_shards(column: str) -> Callable[[list[Path]], tuple[Shard, ...]]:
+    return lambda files: tuple(Parquet(file, column) for file in files)
+
+
+def _pile(folder: Path) -> FileSource:
+    return FileSource(
+        "the_pile",
+        {
+            "train": f"{folder}/train/*.jsonl.zst",
+            "val": f"{folder}/val.jsonl.zst",
+            "test": f"{folder}/test.jsonl.zst",
+        },
+        _json_shards("text"),
+        "The Pile is no longer served by its publishers: name a folder of its shards as"
+        " the_pile:<folder>, or take a mirror, pile_uncopyrighted or pile_deduplicated, whose text"
+        " is not all of it",
     )
 
 
-def load_dataset(
-    path: str | os.PathLike[str] | None = None,
-    *,
-    source: str | None = None,
-    seq_len: int,
-    seed: int,
-    verify: bool = False,
-) -> TokenDataset:
-    """Opens prepared data.
+def _wikitext(dataset: str, config: str) -> HubSource:
+    # Its published token counts are of the lines one after the other, without ends of text.
+    return HubSource(dataset, "Salesforce/wikitext", config, "text", end_of_text=False)
 
-    Args:
-        path: a folder of prepared data, relative to the user's folder; where it is empty or None,
-            `source` decides.
-        source: a name for `prepare`.
-        seq_len, seed, verify: see `TokenDataset`.
+
+_NAMED: dict[str, Callable[[str], Source]] = {
+    "openwebtext": lambda dataset: HubSource(dataset, "Skylion007/openwebtext"),
+    "pile_deduplicated": lambda dataset: HubSource(dataset, "EleutherAI/the_pile_deduplicated"),
+    "pile_uncopyrighted": lambda dataset: HubSource(dataset, "monology/pile-uncopyrighted"),
+    "shakespeare_gpt2": WorksSource,
+    "the_pile": lambda dataset: _pile(cache_dir("the_pile_shards")),
+    "wikitext103": lambda dataset: _wikitext(dataset, "wikitext-103-raw-v1"),
+    "wikitext2": lambda dataset: _wikitext(dataset, "wikitext-2-raw-v1"),
+}
+_FORMS = {
+    "hf": "hf:<name>[:<config>[:<column>]]",
+    "jsonl": "jsonl:<glob>:<field>",
+    "parquet": "parquet:<glob>:<column>",
+    "text": "text:<glob>",
+    "the_pile": "the_pile:<folder>",
+}
+
+
+def parse_source(dataset: str) -> Source:
+    """The source that a name or description stands for.
 
     Raises:
-        DataError: nothing usable is there; the message says what to do.
+        DataError: there is none of that name or form.
     """
-    if path:
-        folder = user_path(path)
-    elif source:
-        folder = prepare(source)
-    else:
-        raise DataError("neither data.path nor data.source is set; set one of them")
-    return TokenDataset(folder, seq_len=seq_len, seed=seed, verify=verify)
+    kind, colon, rest = dataset.partition(":")
+    if not colon and dataset in _NAMED:
+        return _NAMED[dataset](dataset)
+    if not colon or kind not in _FORMS:
+        valid = [*_NAMED, "shakespeare"]
+        raise DataError(
+            f"dataset {dataset!r} is unknown; {did_you_mean(dataset, valid)} Names:"
+            f" {', '.join(sorted(valid))}; forms: {', '.join(sorted(_FORMS.values()))}"
+        )
+    if kind == "text" and rest:
+        return FileSource(dataset, {"train": rest}, _text_shards)
+    if kind == "the_pile" and rest:
+        return _pile(Path(rest))
+    if kind in ("jsonl", "parquet"):
+        pattern, _, field = rest.rpartition(":")
+        shards = _json_shards if kind == "jsonl" else _parquet_shards
+        if pattern and field:
+            return FileSource(dataset, {"train": pattern}, shards(field))
+    if kind == "hf":
+        name, *more = rest.split(":")
+        if name and len(more) <= 2:
+            config, column = [*more, "", ""][:2]
+            return HubSource(dataset, name, config or None, column or None)
+    raise DataError(f"dataset {dataset!r} is incomplete; its form is {_FORMS[kind]}")
+
+
+def default_folder(dataset: str) -> Path:
+    """The folder of a source's prepared data where none is named: ${DATA_DIR}/<name>."""
+    if dataset.startswith("the_pile:"):
+        return cache_dir("the_pile")  # wherever its shards were
+    if re.fullmatch(r"\w+", dataset):
+        return cache_dir(dataset)
+    readable = re.sub(r"\W+", "-", os.path.basename(dataset) or dataset).strip("-")[:40]
+    kind = dataset.partition(":")[0]
+    return cache_dir(f"{kind}-{readable}-{hashlib.sha256(dataset.encode()).hexdigest()[:8]}")
+
+
+def prepare(dataset: str, folder: Path | None = None, *, workers: int = 0) -> Summary:
+    """Prepares a dataset, unless that is done.
+
+    Args:
+        dataset: a name or description, see above.
+        folder: of the prepared data; None: ${DATA_DIR}/<name>, else ./data/<name>.
+        workers: processes that tokenise; 0: one for each core.
+
+    Raises:
+        DataError: the dataset is unknown or cannot be prepared.
+    """
+    folder = folder or default_folder(dataset)
+    if dataset == "shakespeare":
+        began = time.perf_counter()
+        prepare_shakespeare(folder)
+        return summarize(folder, time.perf_counter() - began, None)
+    return prepare_source(parse_source(dataset), folder, workers=workers)

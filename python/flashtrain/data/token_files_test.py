@@ -3,13 +3,23 @@
 import json
 import multiprocessing
 import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flashtrain.data import DataError, token_files
-from flashtrain.data.token_files import Manifest, open_split, read_manifest, write_token_files
+from flashtrain.data.token_files import (
+    Manifest,
+    open_documents,
+    open_split,
+    read_manifest,
+    remove_abandoned,
+    verify_folder,
+    write_token_files,
+)
 
 TRAIN, VAL = np.arange(1000) % 256, np.arange(100)[::-1] % 256
 
@@ -54,6 +64,27 @@ def test_round_trip(folder):
     assert sorted(os.listdir(folder)) == ["manifest.json", "train.bin", "val.bin"]
 
 
+def test_documents(folder, tmp_path):
+    assert open_documents(folder, read_manifest(folder), "train") is None  # as of older folders
+    ends = {"train": np.array([400, 1000]), "val": np.array([100])}
+    splits = {"train": TRAIN, "val": VAL}
+    options: dict[str, Any] = {"tokenizer": "bytes", "vocab_size": 256, "source": {}}
+    write_token_files(tmp_path / "x", splits, ends=ends, **options)
+    manifest = verify_folder(tmp_path / "x")
+    documents = manifest.splits["train"].documents
+    assert documents is not None
+    assert documents.count == 2
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    for name, expected in ends.items():
+        assert np.array_equal(open_documents(tmp_path / "x", manifest, name), expected)
+    write_token_files(tmp_path / "y", splits, ends={**ends, "val": np.array([99])}, **options)
+    with pytest.raises(DataError, match="its last document ends at 99, not at its 100 tokens"):
+        verify_folder(tmp_path / "y")
+    (tmp_path / "x" / "train.documents.bin").write_bytes(bytes(16))
+    with pytest.raises(DataError, match=r"train\.documents\.bin is damaged"):
+        verify_folder(tmp_path / "x")
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path):
     for vocab_size, dtype in ((2**16, "uint16"), (2**16 + 1, "uint32")):
         folder = tmp_path / dtype
@@ -79,7 +110,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr(token_files, "_write_durably", fail_at_the_second_file)
+    monkeypatch.setattr(token_files, "write_durably", fail_at_the_second_file)
     with pytest.raises(
         DataError, match=r"cannot write .*/prepared: No space left on device; set D"
     ):
@@ -89,14 +120,14 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_folder_appears_only_when_it_is_whole(tmp_path, monkeypatch):
-    fsynced, write_durably = [], token_files._write_durably
+    fsynced, write_durably = [], token_files.write_durably
 
     def watch(path, data):
         assert not (tmp_path / "prepared").exists()
         write_durably(path, data)
         fsynced.append(path.name)
 
-    monkeypatch.setattr(token_files, "_write_durably", watch)
+    monkeypatch.setattr(token_files, "write_durably", watch)
     write(tmp_path / "prepared")
     assert fsynced == ["train.bin", "val.bin", "manifest.json"]
     assert os.listdir(tmp_path) == ["prepared"]
@@ -109,8 +140,52 @@ def test_a_folder_that_exists_is_left_as_it_is(folder):
     assert read_manifest(folder).splits["train"].tokens == 1000
 
 
+def _die_at_the_second_file(folder: Path) -> None:
+    written = []
+
+    def die(path, data):
+        written.append(path)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        path.write_bytes(data)
+
+    token_files.write_durably = die
+    write(folder)
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_what_a_killed_writer_leaves_goes(tmp_path, done):
+    folder = tmp_path / "prepared"
+    writer = multiprocessing.get_context("fork").Process(
+        target=_die_at_the_second_file, args=(folder,)
+    )
+    writer.start()
+    writer.join(timeout=120)
+    assert writer.exitcode == -signal.SIGKILL
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".prepared.writing-")
+    if done:  # by another process
+        folder.mkdir()
+        remove_abandoned(folder)
+    else:
+        write(folder)
+    assert os.listdir(tmp_path) == ["prepared"]
+
+
+def test_what_a_writer_is_at_work_on_stays(tmp_path, monkeypatch):
+    write_durably = token_files.write_durably
+
+    def watch(path, data):
+        remove_abandoned(tmp_path / "prepared")
+        write_durably(path, data)
+
+    monkeypatch.setattr(token_files, "write_durably", watch)
+    write(tmp_path / "prepared")
+    assert os.listdir(tmp_path) == ["prepared"]
+
+
 def _write_at_once(folder: Path, barrier) -> None:
-    barrier.wait(timeout=30)
+    barrier.wait(timeout=120)
     write(folder)
 
 
@@ -122,7 +197,7 @@ def test_concurrent_writers_do_not_harm_each_other(tmp_path):
         for writer in writers:
             writer.start()
         for writer in writers:
-            writer.join(timeout=60)
+            writer.join(timeout=120)
         assert [writer.exitcode for writer in writers] == [0, 0, 0, 0]
         assert np.array_equal(open_split(folder, read_manifest(folder), "train"), TRAIN)
         assert os.listdir(folder.parent) == ["prepared"]

@@ -75,7 +75,11 @@ def available_cores() -> int:
 
 
 def start(device_name: str) -> World:
-    """Joins the run's process group, if there is one; takes this process's device and threads."""
+    """Joins the run's process group, if there is one; takes this process's device and threads.
+
+    On the CPU the processes share the cores, unless OMP_NUM_THREADS says how many threads each has
+    (torchrun sets it to 1 where it is not set).
+    """
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -90,7 +94,7 @@ def start(device_name: str) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if size > 1 or "OMP_NUM_THREADS" not in os.environ:
+        if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, available_cores() // local_size))
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
