@@ -1,39 +1,46 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are whole or not there, and can be read by any number of ranks.
 
 A checkpoint is a folder `step_<number>` with
 
-    state.pt        torch.save of plain dicts, lists, numbers and tensors
-    manifest.json   format, step, config, versions, and size and SHA-256 of each file
+    rank_<number>.safetensors   tensors that one rank held
+    manifest.json               format, step, size and SHA-256 of each file, where in its parameter
+                                a piece begins (`first_rows`), config, versions, data, and all state
+                                that is no tensor; its own SHA-256 over the rest
 
-It is written beside its final place, fsynced, and renamed, so a process killed at any moment leaves
-either the whole checkpoint or a `.tmp-*` folder that the next `save` removes. A file that was cut
-or altered later no longer has its checksum and `newest` passes over it.
+Tensors are called `model.<parameter>`, `optimizer.<parameter>.<exp_avg, exp_avg_sq, step>` and
+`ema.<parameter>`. saver.py writes them: beside their final place, fsynced, renamed, so a process
+killed at any moment leaves the whole checkpoint or a `.tmp-*` folder. A file that was cut or
+altered later no longer has its checksum, and `newest` passes over the checkpoint.
 
-torch.save rather than torch.distributed.checkpoint: the latter keeps its index as a pickle, which
-runs code when it is loaded, while `torch.load(weights_only=True)` does not. The format grows
-without it: state is keyed by parameter name, so it does not know ranks; the manifest lists any
-number of files, so each rank can add its own; and `save` takes a finished state, so a thread can
-call it on a copy.
+Every rank writes what it holds (an equal part of what all hold), so that no rank needs memory for
+the state of the others; reading, a rank takes the rows it wants out of whichever files have them.
+torch.distributed.checkpoint does that too, but its index is a pickle, which runs code when it is
+loaded, and its safetensors storage knows tensors only, without checksums or a commit; safetensors
+and JSON cannot run code and are read without torch.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from flashtrain.errors import UserError
+from flashtrain.train import tensor_file
 
-_FORMAT = 1
+FORMAT = 2
+MANIFEST = "manifest.json"
 _PREFIX = "step_"
-_STATE = "state.pt"
-_MANIFEST = "manifest.json"
+_VERIFY_THREADS = 8
 
 
 class DamagedError(Exception):
@@ -51,88 +58,120 @@ class Checkpoint:
     def step(self) -> int:
         return self.manifest["step"]
 
-    def load(self) -> dict[str, Any]:
-        """The saved state, on the CPU. Runs no code from the file.
-
-        Raises:
-            UserError: the file holds more than data, so it was not written by `save`.
-        """
-        try:
-            return torch.load(self.path / _STATE, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"checkpoint {self.path / _STATE} holds objects other than tensors and plain data; "
-                "it is not loaded, for it could run code: choose another --workdir"
-            ) from error
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the run saved besides tensors."""
+        return self.manifest["state"]
 
 
-def save(
-    folder: Path, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any], keep: int
-) -> Path:
-    """Writes `<folder>/step_<step>` and removes all but the newest `keep` checkpoints.
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Some rows of a tensor in an open file."""
 
-    Args:
-        folder: holds the checkpoints of one run; made if missing.
-        step: optimizer steps done.
-        state: what `Checkpoint.load` gives back.
-        metadata: further keys of the manifest; JSON data.
-        keep: at least 1.
+    slice: Any
+    first_row: int | None  # None: the tensor is whole
+    shape: torch.Size
+
+    @property
+    def end_row(self) -> int:
+        return (self.first_row or 0) + self.shape[0]
+
+
+class Reader:
+    """The tensors of a checkpoint, read when they are asked for. Runs no code from the files.
 
     Raises:
-        UserError: the disk is full or not writable; older checkpoints are untouched.
+        UserError: a file is not of the format, so it was not written by this program, or is gone.
     """
-    final = folder / f"{_PREFIX}{step:08d}"
-    temporary = folder / f".tmp-{final.name}"
+
+    def __init__(self, checkpoint: Checkpoint):
+        import safetensors  # not needed by a run that starts from nothing
+
+        self._path = checkpoint.path
+        self._pieces: dict[str, list[_Piece]] = {}
+        for name, entry in checkpoint.manifest["files"].items():
+            try:
+                file = safetensors.safe_open(checkpoint.path / name, framework="pt")
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"checkpoint {checkpoint.path} was removed just now, as a run does with its "
+                    "old ones; start again to take a newer one"
+                ) from error
+            except safetensors.SafetensorError as error:
+                raise UserError(
+                    f"checkpoint file {checkpoint.path / name} is no safetensors file ({error}); "
+                    "it is not loaded: choose another --workdir"
+                ) from error
+            for key in file.keys():  # noqa: SIM118  # it is no mapping
+                part = file.get_slice(key)
+                first_row = entry.get("first_rows", {}).get(key)
+                piece = _Piece(part, first_row, torch.Size(part.get_shape()))
+                self._pieces.setdefault(key, []).append(piece)
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece.first_row or 0)
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the tensors that begin with `prefix`."""
+        return [name for name in self._pieces if name.startswith(prefix)]
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor."""
+        last = self._pieces[name][-1]
+        if last.first_row is None:
+            return last.shape
+        return torch.Size((last.end_row, *last.shape[1:]))
+
+    def read(self, name: str, first_row: int | None = None, rows: int = 0) -> Tensor:
+        """The tensor on the CPU; with `first_row` only that many `rows` from there on."""
+        if not self.shape(name):
+            return self._pieces[name][0].slice[...]
+        if first_row is None:
+            first_row, rows = 0, self.shape(name)[0]
+        parts: list[Tensor] = []
+        for piece in self._pieces[name]:
+            base = piece.first_row or 0
+            start, end = max(first_row, base), min(first_row + rows, piece.end_row)
+            if start < end or (start == end and not parts):
+                parts.append(piece.slice[start - base : end - base])
+        found = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(found) != rows:
+            raise UserError(
+                f"checkpoint {self._path} lacks rows of {name!r}; choose another --workdir"
+            )
+        return found
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in a folder `step_<number>`, its files verified.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(folder)
-        temporary.mkdir()
-        with open(temporary / _STATE, "wb") as file:
-            hashing = _HashingWriter(file)
-            torch.save(dict(state), hashing)
-            _flush(file)
-        files = {_STATE: {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}}
-        manifest = {"format": _FORMAT, "step": step, "files": files, **metadata}
-        with open(temporary / _MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            _flush(file)
-        _flush_folder(temporary)
-        if final.exists():  # a damaged one: a whole one would have been continued from
-            final.rename(folder / f".tmp-damaged-{final.name}")
-        temporary.rename(final)
-        _flush_folder(folder)
-        _remove_unfinished(folder)
-        for old in _paths(folder)[keep:]:
-            shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = _write_failure(error)
-        if reason is None:
-            raise
-        raise UserError(
-            f"cannot write checkpoint {final}: {reason}; older checkpoints are untouched: make "
-            "room and start again with the same --workdir"
-        ) from error
-    return final
+        return _verified(path)
+    except DamagedError as error:
+        raise UserError(f"checkpoint {path} is missing or damaged ({error})") from error
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint, or None if there is no checkpoint at all.
 
     Args:
-        folder: as given to `save`.
+        folder: holds the checkpoints of one run, which may be going on and remove old ones.
         warn: called with one line for each damaged checkpoint passed over.
 
     Raises:
         UserError: there are checkpoints and every one is damaged.
     """
-    paths = _paths(folder)
-    for path in paths:
+    damaged: set[Path] = set()
+    while found := [path for path in paths(folder) if path not in damaged]:
         try:
-            return _verified(path)
+            return _verified(found[0])
         except DamagedError as error:
-            warn(f"checkpoint {path} is damaged ({error}): going back to the one before")
-    if paths:
+            if os.path.lexists(found[0]):
+                damaged.add(found[0])
+                warn(f"checkpoint {found[0]} is damaged ({error}): going back to the one before")
+    if damaged:
         raise UserError(
             f"every checkpoint in {folder} is damaged: restore one, or choose another --workdir "
             "to start over"
@@ -140,76 +179,139 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+@torch.no_grad()
+def load_weights(checkpoint: Checkpoint, model: nn.Module, *, ema: bool = False) -> None:
+    """Copies the saved weights, or their moving average, into a model of one process.
+
+    Raises:
+        UserError: they are another model's; nothing has been changed then.
+    """
+    reader = Reader(checkpoint)
+    prefix = "ema." if ema else "model."
+    parameters = dict(model.named_parameters())
+    check_fits(checkpoint, reader, {n: p.shape for n, p in parameters.items()}, prefix)
+    for name, parameter in parameters.items():
+        parameter.copy_(reader.read(prefix + name))
+
+
+def check_fits(
+    checkpoint: Checkpoint,
+    reader: Reader,
+    shapes: Mapping[str, torch.Size],
+    prefix: str = "model.",
+) -> None:
+    """Raises UserError where the saved tensors differ from a model's in a name or shape.
+
+    Args:
+        shapes: of the model's parameters, by name.
+        prefix: of the saved tensors to compare; those of the optimizer must fit in any case.
+    """
+    saved = {name.removeprefix(prefix): reader.shape(name) for name in reader.names(prefix)}
+    for name in sorted(saved.keys() | shapes.keys()):
+        if name not in shapes:
+            mismatch = f"it has a tensor {name!r} that the model does not have"
+        elif name not in saved:
+            mismatch = f"it lacks the model's tensor {name!r}"
+        elif saved[name] != shapes[name]:
+            mismatch = (
+                f"{name!r} has shape {tuple(saved[name])}, in the model {tuple(shapes[name])}"
+            )
+        else:
+            continue
+        raise _other_model(checkpoint, mismatch)
+    for name in reader.names("optimizer."):
+        parameter = name.removeprefix("optimizer.").rpartition(".")[0]
+        shape = reader.shape(name)
+        if shape and shape != shapes.get(parameter):  # step counts are scalars
+            raise _other_model(checkpoint, f"{name!r} has shape {tuple(shape)}")
+
+
+def _other_model(checkpoint: Checkpoint, mismatch: str) -> UserError:
+    return UserError(
+        f"the checkpoint {checkpoint.path} is of another model: {mismatch}; choose another "
+        "--workdir"
+    )
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def paths(folder: Path) -> list[Path]:
+    """Checkpoint folders, whole or damaged, newest first."""
+    names = folder.iterdir() if folder.is_dir() else []
+    steps = (p for p in names if p.name.startswith(_PREFIX) and p.name[len(_PREFIX) :].isdigit())
+    return sorted(steps, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes have left of saves."""
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path)
+
+
+def prune(folder: Path, *, step: int, newest: int, best: int, every: int) -> None:
+    """Removes all checkpoints but some.
+
+    Args:
+        step: of the checkpoint just written. Later ones were damaged when the run began: they stay
+            until the run comes there, and do not count.
+        newest: how many of the newest stay.
+        best: how many of those with the lowest validation loss stay, if it was measured there.
+        every: those whose step is a multiple of it stay; 0: none for that.
+    """
+    found = [path for path in paths(folder) if _step_of(path) <= step]
+    losses = {path: loss for path in found if (loss := _validation_loss(path)) is not None}
+    kept = {*found[:newest], *sorted(losses, key=lambda path: losses[path])[:best]}
+    for path in found:
+        if path not in kept and not (every and _step_of(path) % every == 0):
+            # Renamed first: what is left of a removal that was cut short is no checkpoint.
+            doomed = path.rename(folder / f".tmp-old-{path.name}")
+            shutil.rmtree(doomed)
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over everything in a manifest but the checksum itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _validation_loss(path: Path) -> float | None:
+    """Measured when the checkpoint was saved; None if it was not, or was no number."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        progress = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["state"]["progress"]
+        loss = progress["metrics"]["loss"]
+        if progress["val_step"] == progress["step"] and math.isfinite(loss):
+            return loss
+    return None
+
+
 def _verified(path: Path) -> Checkpoint:
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] > _FORMAT:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
             raise UserError(
-                f"checkpoint {path} has format {manifest['format']}, this version reads up to "
-                f"{_FORMAT}: use the version that wrote it"
+                f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}: "
+                "use the version that wrote it"
             )
-        if path.name != f"{_PREFIX}{manifest['step']:08d}":
-            raise DamagedError(f"{_MANIFEST} is of step {manifest['step']}")
-        for name, expected in manifest["files"].items():
+        if manifest_checksum(manifest) != manifest["sha256"]:
+            raise DamagedError(f"{MANIFEST} has another checksum than was written")
+        if path.name != path_of(path.parent, manifest["step"]).name:
+            raise DamagedError(f"{MANIFEST} is of step {manifest['step']}")
+        files = manifest["files"]
+        for name, expected in files.items():
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 raise DamagedError(f"{name} has {size} bytes instead of {expected['bytes']}")
-            with open(path / name, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with concurrent.futures.ThreadPoolExecutor(_VERIFY_THREADS) as pool:
+            digests = list(pool.map(lambda name: tensor_file.checksum(path / name), files))
+        for (name, expected), digest in zip(files.items(), digests, strict=True):
             if digest != expected["sha256"]:
                 raise DamagedError(f"{name} has another checksum than was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
     return Checkpoint(path, manifest)
-
-
-def _paths(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    names = folder.iterdir() if folder.is_dir() else []
-    steps = (p for p in names if p.name.startswith(_PREFIX) and p.name[len(_PREFIX) :].isdigit())
-    return sorted(steps, key=lambda p: int(p.name[len(_PREFIX) :]), reverse=True)
-
-
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path)
-
-
-class _HashingWriter:
-    """A binary file that computes the checksum of what it is given, whatever the disk keeps."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_failure(error: BaseException) -> str | None:
-    """The operating system's reason behind `error`, or None if it is not about writing."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause.strerror or str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return None

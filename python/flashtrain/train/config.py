@@ -1,8 +1,8 @@
 """What a run is made of: plain dataclasses, checked before anything is started.
 
 The sections `trainer` and `optim` belong to this package. `model` and `data` are mappings that are
-handed on to `flashtrain.models` and `flashtrain.data`, which check their own keys; of them the
-trainer reads `data.batch_size` and `data.seq_len` only.
+handed on to the run's task (task.py), which checks their keys; of them the trainer itself reads
+`data.batch_size` only, the largest micro batch.
 """
 
 import dataclasses
@@ -13,24 +13,31 @@ from typing import Any
 from flashtrain.errors import UserError, did_you_mean
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse_sqrt")
 DEVICES = ("auto", "cpu", "cuda")
+STRATEGIES = ("ddp", "zero1", "fsdp2")
+REDUCE_DTYPES = ("fp32", "bf16")
 
 # Keys a run may change when it is continued: none of them alters what a step computes, but for
 # `max_steps`, which stretches the schedule of the steps to come and is asked for on purpose.
 RESUMABLE_KEYS = frozenset(
     {
         "data.batch_size",
+        "trainer.benchmark_every",
+        "trainer.benchmarks",
         "trainer.compile",
         "trainer.device",
         "trainer.devices",
         "trainer.eval_every",
+        "trainer.keep_best",
         "trainer.keep_checkpoints",
+        "trainer.keep_every",
         "trainer.log_every",
         "trainer.max_bad_steps",
         "trainer.max_steps",
         "trainer.sample_tokens",
         "trainer.save_every",
+        "trainer.strategy",
     }
 )
 
@@ -42,14 +49,29 @@ class TrainerConfig:
     max_steps: int = 1000  # optimizer steps
     global_batch_size: int = 16  # sequences per optimizer step, over all ranks
     eval_every: int = 250  # steps between validations, 0: none; the end of a run always validates
+    benchmarks: str = ""  # files of flashtrain.eval: "hellaswag=<file>,lambada=<file>"
+    benchmark_every: int = 0  # steps between benchmarks; 0: at the end of the run only
     save_every: int = 250  # steps between checkpoints, 0: none; the end of a run always saves
     keep_checkpoints: int = 2  # the newest ones kept
+    keep_best: int = 0  # also those with the lowest validation loss, if it was measured at the save
+    keep_every: int = 0  # also those whose step is a multiple of it, for good; 0: none
     log_every: int = 10  # steps between log lines
     device: str = "auto"  # "auto" (GPUs if there are any), "cpu" or "cuda"
     devices: int = 0  # processes on this machine, one per device; 0: every GPU, or one on CPU
+    strategy: str = (
+        "ddp"  # how ranks share the work and the state, see flashtrain/train/strategy.py
+    )
+    reduce_dtype: str = "fp32"  # in which ranks sum gradients: bf16 halves what they send
+    batch_ramp_from: int = 0  # global batch of the first steps, see batches.py; 0: no ramp
+    batch_ramp_steps: int = 0  # steps until the global batch is global_batch_size
     precision: str = "fp32"  # see flashtrain/train/precision.py
+    low_precision_weights: bool = False  # keep weights in bf16 or fp16, see precision.py
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
-    max_bad_steps: int = 10  # non-finite steps in a row before the run gives up
+    spike_zscore: float = (
+        0.0  # skip steps this many deviations above the mean, see guard.py; 0: off
+    )
+    max_bad_steps: int = 10  # skipped steps in a row before the run gives up
+    ema_decay: float = 0.0  # validate and keep an average of the weights, see ema.py; 0: off
     compile: bool = False  # torch.compile the model
     deterministic: bool = False  # bit-identical repeats on a GPU, at some speed; CPU always is
     seed: int = 1111  # of initial weights and dropout
@@ -62,11 +84,15 @@ class OptimConfig:
 
     lr: float = 6e-4
     min_lr: float = 0.0  # where the schedule ends
+    warmup_lr: float = 0.0  # where the warm-up starts
     warmup_steps: int = 0
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # see flashtrain/train/schedule.py
+    cycle_steps: int = 0  # end of cosine and linear, min_lr from there on; 0: trainer.max_steps
+    cooldown_steps: int = 0  # of wsd: the last steps of the run, on which lr falls to min_lr
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.1  # on the weights of nn.Linear only
+    fused: bool = True  # flashtrain.ops.adamw; off: torch's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +136,26 @@ class RunConfig:
         }
 
 
-def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def contradictions(
+    saved: Mapping[str, Any], now: Mapping[str, Any], model_class: type
+) -> list[str]:
     """Keys whose values keep a run from continuing a saved one, as "key (checkpoint: x, now: y)".
 
-    Both arguments are `RunConfig.to_dict()`. Keys in `RESUMABLE_KEYS` may differ.
+    Args:
+        saved, now: `RunConfig.to_dict()`. Keys in `RESUMABLE_KEYS` may differ.
+        model_class: the dataclass of section `model`. A key that a checkpoint does not know yet
+            stands for its default.
     """
     saved_flat, now_flat = _flatten(saved), _flatten(now)
+    for section, cls in (
+        ("model", model_class),
+        ("optim", OptimConfig),
+        ("trainer", TrainerConfig),
+    ):
+        for field in dataclasses.fields(cls):
+            key = f"{section}.{field.name}"
+            if key in now_flat and field.default is not dataclasses.MISSING:
+                saved_flat.setdefault(key, _plain(field.default))
 
     def shown(flat: Mapping[str, Any], key: str) -> str:
         return repr(flat[key]) if key in flat else "not set"
@@ -159,6 +199,8 @@ def _check(run: RunConfig) -> None:
     _choice("optim.schedule", optim.schedule, SCHEDULES)
     _choice("trainer.precision", trainer.precision, PRECISIONS)
     _choice("trainer.device", trainer.device, DEVICES)
+    _choice("trainer.strategy", trainer.strategy, STRATEGIES)
+    _choice("trainer.reduce_dtype", trainer.reduce_dtype, REDUCE_DTYPES)
     at_least: dict[int, dict[str, float]] = {
         1: {
             "trainer.max_steps": trainer.max_steps,
@@ -170,13 +212,21 @@ def _check(run: RunConfig) -> None:
         0: {
             "trainer.eval_every": trainer.eval_every,
             "trainer.save_every": trainer.save_every,
+            "trainer.keep_best": trainer.keep_best,
+            "trainer.keep_every": trainer.keep_every,
             "trainer.devices": trainer.devices,
+            "trainer.batch_ramp_from": trainer.batch_ramp_from,
+            "trainer.batch_ramp_steps": trainer.batch_ramp_steps,
+            "trainer.spike_zscore": trainer.spike_zscore,
             "trainer.grad_clip": trainer.grad_clip,
             "trainer.sample_tokens": trainer.sample_tokens,
             "trainer.seed": trainer.seed,
             "optim.lr": optim.lr,
             "optim.min_lr": optim.min_lr,
+            "optim.warmup_lr": optim.warmup_lr,
             "optim.warmup_steps": optim.warmup_steps,
+            "optim.cycle_steps": optim.cycle_steps,
+            "optim.cooldown_steps": optim.cooldown_steps,
             "optim.eps": optim.eps,
             "optim.weight_decay": optim.weight_decay,
         },
@@ -187,10 +237,31 @@ def _check(run: RunConfig) -> None:
                 raise UserError(f"config key {key} must be at least {bound}, got {value}")
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise UserError(f"config key optim.betas must lie in [0, 1), got {optim.betas}")
-    for key in ("batch_size", "seq_len"):
-        size = run.data.get(key)
-        if not isinstance(size, int) or size < 1:
-            raise UserError(f"config key data.{key} must be an integer of at least 1, got {size!r}")
+    if not 0 <= trainer.ema_decay < 1:
+        raise UserError(f"config key trainer.ema_decay must lie in [0, 1), got {trainer.ema_decay}")
+    if trainer.low_precision_weights:
+        _check_low_precision_weights(run)
+    check_size(run.data, "batch_size")
+
+
+def _check_low_precision_weights(run: RunConfig) -> None:
+    for key, value, needed in (
+        ("trainer.precision", run.trainer.precision, ("bf16", "fp16")),
+        ("optim.fused", run.optim.fused, (True,)),  # it keeps the fp32 copy
+        ("trainer.ema_decay", run.trainer.ema_decay, (0.0,)),  # it would average rounded weights
+    ):
+        if value not in needed:
+            raise UserError(
+                f"config key trainer.low_precision_weights needs {key} to be "
+                f"{' or '.join(map(str, needed))}, got {value}"
+            )
+
+
+def check_size(data: Mapping[str, Any], key: str) -> None:
+    """Raises UserError where `data.<key>` is no integer of at least 1."""
+    size = data.get(key)
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"config key data.{key} must be an integer of at least 1, got {size!r}")
 
 
 def _choice(key: str, value: str, valid: tuple[str, ...]) -> None:

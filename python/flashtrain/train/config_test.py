@@ -3,7 +3,7 @@ import json
 import pytest
 
 from flashtrain.errors import UserError
-from flashtrain.train.build import batch_sizes
+from flashtrain.models.gpt import GPTConfig
 from flashtrain.train.config import RESUMABLE_KEYS, RunConfig, contradictions
 
 
@@ -34,7 +34,17 @@ def test_ints_stand_for_floats_but_not_bools() -> None:
         ({"optim": {"lr": float("nan")}}, "optim.lr must be at least 0, got nan"),
         ({"optim": {"betas": [0.9, 1.0]}}, r"optim.betas must lie in \[0, 1\)"),
         ({"trainer": {"precision": "fp8"}}, "'fp8' is not known"),
-        ({"data": {"seq_len": 0}}, "data.seq_len must be an integer of at least 1, got 0"),
+        ({"data": {"batch_size": 0}}, "data.batch_size must be an integer of at least 1, got 0"),
+        ({"trainer": {"strategy": "fsdp"}}, "'fsdp' is not known; did you mean 'fsdp2'"),
+        (
+            {"trainer": {"low_precision_weights": True}},
+            "low_precision_weights needs trainer.precision to be bf16 or fp16, got fp32",
+        ),
+        (
+            {"trainer": {"low_precision_weights": True, "precision": "bf16", "ema_decay": 0.9}},
+            "low_precision_weights needs trainer.ema_decay to be 0.0, got 0.9",
+        ),
+        ({"trainer": {"ema_decay": 1.0}}, r"trainer.ema_decay must lie in \[0, 1\), got 1.0"),
     ],
 )
 def test_mistakes(sections: dict, message: str) -> None:
@@ -45,11 +55,21 @@ def test_mistakes(sections: dict, message: str) -> None:
 def test_contradictions_name_what_differs() -> None:
     saved = run_config(model={"d_model": 4}, optim={"lr": 0.1}).to_dict()
     now = run_config(model={"d_model": 8, "num_layers": 1}, optim={"lr": 0.1}).to_dict()
-    assert contradictions(saved, saved) == []
-    assert contradictions(saved, now) == [
+    assert contradictions(saved, saved, GPTConfig) == []
+    assert contradictions(saved, now, GPTConfig) == [
         "model.d_model (checkpoint: 4, now: 8)",
         "model.num_layers (checkpoint: not set, now: 1)",
     ]
+
+
+def test_keys_that_a_checkpoint_does_not_know_have_their_defaults() -> None:
+    now = run_config(model={"d_model": 4, "mlp_ratio": 4.0}).to_dict()
+    saved = json.loads(json.dumps(now))
+    for section, key in (("model", "mlp_ratio"), ("optim", "betas"), ("trainer", "strategy")):
+        del saved[section][key]
+    assert contradictions(saved, now, GPTConfig) == []
+    now["model"]["mlp_ratio"] = 2.0
+    assert contradictions(saved, now, GPTConfig) == ["model.mlp_ratio (checkpoint: 4.0, now: 2.0)"]
 
 
 def test_what_does_not_change_a_step_may_change() -> None:
@@ -57,31 +77,6 @@ def test_what_does_not_change_a_step_may_change() -> None:
     now = run_config(
         data={"batch_size": 2}, trainer={"max_steps": 7, "devices": 2, "save_every": 3}
     ).to_dict()
-    assert contradictions(saved, now) == []
+    assert contradictions(saved, now, GPTConfig) == []
     existing = {f"{s}.{k}" for s in ("data", "trainer") for k in saved[s]}
     assert existing >= RESUMABLE_KEYS
-
-
-@pytest.mark.parametrize(
-    ("total", "micro", "ranks", "expected"),
-    [
-        (16, 4, 1, (4, 4)),
-        (16, 4, 2, (4, 2)),
-        (16, 16, 2, (8, 1)),
-        (16, 64, 1, (16, 1)),
-        (3, 1, 3, (1, 1)),
-    ],
-)
-def test_global_batch_is_kept(total: int, micro: int, ranks: int, expected: tuple) -> None:
-    config = run_config(trainer={"global_batch_size": total}, data={"batch_size": micro})
-    sizes = batch_sizes(config, ranks)
-    assert (sizes.micro, sizes.accumulation) == expected
-    assert sizes.micro * sizes.accumulation * ranks == total
-
-
-def test_uneven_batches_are_refused() -> None:
-    config = run_config(trainer={"global_batch_size": 12}, data={"batch_size": 5})
-    with pytest.raises(UserError, match=r"that fit: 4 or 6; .*batch_size: 10 or 15"):
-        batch_sizes(config, 1)
-    with pytest.raises(UserError, match="evenly by 5 processes; the nearest that can: 10 or 15"):
-        batch_sizes(config, 5)

@@ -1,72 +1,64 @@
-"""Validation loss over a whole split, shared among ranks, and samples of what a model writes."""
+"""Validation over a whole split, shared among ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from flashtrain.data import TokenDataset
 from flashtrain.distributed import World
-from flashtrain.models.gpt import GPT
 from flashtrain.train.precision import Precision
-
-_PROMPT = "\n"
-_TEMPERATURE = 0.8
-_TOP_K = 200
+from flashtrain.train.strategy import Strategy
+from flashtrain.train.task import Task
 
 
 @torch.no_grad()
-def validation_loss(
-    model: nn.Module,
-    dataset: TokenDataset,
+def validate(
+    task: Task,
+    strategy: Strategy,
     world: World,
     precision: Precision,
     batch_size: int,
     interrupted: Callable[[], bool],
-) -> float | None:
-    """Mean cross entropy per token in nats, the same on every rank.
+) -> dict[str, float] | None:
+    """Means over all items of the split, by the names in `task.metrics`, the same on every rank.
 
     Args:
-        model: not wrapped in DistributedDataParallel: ranks may see different numbers of batches.
-        batch_size: sequences at a time on each rank.
+        batch_size: samples at a time on each rank.
         interrupted: asked before each batch; where it holds on any rank, there is no result.
 
     Returns:
-        The loss, or None if some rank was interrupted.
+        The means, or None if some rank was interrupted.
     """
-    device = world.device
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, targets, interrupted ranks
-    was_training = model.training
-    model.eval()
-    for tokens_BT, targets_BT in dataset.val_batches(
-        batch_size, rank=world.rank, world_size=world.size
-    ):
-        if interrupted():
-            totals[2] = 1
+    totals = torch.zeros(1 + len(task.metrics), dtype=torch.float64, device=world.device)
+    stopped = torch.zeros((), dtype=torch.float64, device=world.device)
+    batches = iter(task.val_batches(batch_size, world.rank, world.size))
+    spare: Sequence[Tensor] | None = None  # computed again where the others still have batches
+    was_training = task.model.training
+    task.model.eval()
+    while True:
+        batch, stop = next(batches, None), interrupted()
+        if strategy.lockstep:
+            busy, stops = world.sum(torch.tensor([batch is not None, stop]).float()).tolist()
+            stop = stops > 0
+            if not busy or stop:
+                stopped += stop
+                break
+            spare = batch or spare or _any_batch(task, world)
+        elif batch is None or stop:
+            stopped += stop
             break
+        moved = [t.to(world.device) for t in (batch or spare)]  # type: ignore[union-attr]
         with precision.autocast():
-            loss = model(tokens_BT.to(device), targets_BT.to(device))
-        totals[0] += loss.double() * targets_BT.numel()
-        totals[1] += targets_BT.numel()
-    model.train(was_training)
-    loss_sum, targets, interruptions = world.sum(totals).tolist()
-    return None if interruptions else loss_sum / targets
+            sums = task.val_sums(strategy.evaluate, moved)
+        if batch is not None:
+            totals += sums
+    task.model.train(was_training)
+    *sums, interruptions = world.sum(torch.cat([totals, stopped[None]])).tolist()
+    if interruptions:
+        return None
+    return {name: value / sums[0] for name, value in zip(task.metrics, sums[1:], strict=True)}
 
 
-def write_sample(
-    model: GPT, dataset: TokenDataset, precision: Precision, num_tokens: int, seed: int
-) -> str:
-    """Text of `num_tokens` tokens that the model writes after a line break."""
-    device = next(model.parameters()).device
-    prompt_BT = torch.tensor([dataset.tokenizer.encode(_PROMPT)], device=device)
-    with precision.autocast():
-        tokens_BT = model.generate(
-            prompt_BT,
-            num_tokens,
-            temperature=_TEMPERATURE,
-            top_k=_TOP_K,
-            generator=torch.Generator(device).manual_seed(seed),
-        )
-    # A model may have more tokens than the data; those have no text.
-    tokens = [t for t in tokens_BT[0].tolist() if t < dataset.tokenizer.vocab_size]
-    return dataset.tokenizer.decode(tokens[prompt_BT.shape[1] :])
+def _any_batch(task: Task, world: World) -> Sequence[Tensor]:
+    """A small batch for a rank that has none of the validation split."""
+    return task.train_samples(0, world.size, rank=world.rank, world_size=world.size)

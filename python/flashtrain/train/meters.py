@@ -1,6 +1,7 @@
 """Speed, utilisation and memory of a run."""
 
 import dataclasses
+import functools
 import platform
 import resource
 import time
@@ -19,7 +20,9 @@ _PEAK_FLOPS = (
     ("GH200", 989e12),
     ("H200 NVL", 835e12),
     ("H200", 989e12),
+    ("GB300", 2500e12),
     ("GB200", 2500e12),
+    ("B300", 2250e12),
     ("B200", 2250e12),
     ("A100", 312e12),
     ("A800", 312e12),
@@ -34,6 +37,13 @@ _PEAK_FLOPS = (
     ("RTX 3090", 71e12),
     ("V100", 125e12),
     ("T4", 65e12),
+)
+
+
+# Bits of NVML's reasons why a clock is not higher; idling and set clocks are not among them.
+_THROTTLES = (
+    ("by_power", 0x4 | 0x80),  # software power cap, power brake
+    ("by_heat", 0x20 | 0x40),  # software and hardware thermal slowdown
 )
 
 
@@ -59,6 +69,37 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
+def gpu_state(device: torch.device) -> dict[str, float]:
+    """Clock in MHz, power in W, temperature in degrees C and whether the driver holds the clock
+    down, 1 or 0; {} on the CPU, and where NVIDIA's management library is missing."""
+    if device.type != "cuda":
+        return {}
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = _nvml_handle(device)
+        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+        return {
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "power_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "temperature_celsius": pynvml.nvmlDeviceGetTemperature(
+                handle, pynvml.NVML_TEMPERATURE_GPU
+            ),
+            **{f"throttled_{name}": float(bool(reasons & bit)) for name, bit in _THROTTLES},
+        }
+    except Exception:  # a driver without the call, or a container without the device's files
+        return {}
+
+
+@functools.cache
+def _nvml_handle(device: torch.device) -> object:
+    import pynvml
+
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+
+
 def versions() -> dict[str, str | None]:
     """What computed a run."""
     return {
@@ -71,6 +112,14 @@ def versions() -> dict[str, str | None]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """An average over some steps."""
+
+    seconds_per_step: float
+    samples_per_second: float
+
+
 @dataclasses.dataclass
 class Stopwatch:
     """Time spent in training steps, without validation, saving and the first step of a process.
@@ -79,10 +128,13 @@ class Stopwatch:
     """
 
     steps: int = 0  # totals of the run; checkpoints carry them over
+    samples: int = 0
     seconds: float = 0.0
-    _lap_steps: int = 0
-    _lap_seconds: float = 0.0
+    _lap_start: tuple[int, int, float] = (0, 0, 0.0)  # the totals at the last lap
     _started: float | None = None
+
+    def __post_init__(self) -> None:
+        self._lap_start = (self.steps, self.samples, self.seconds)
 
     @property
     def running(self) -> bool:
@@ -96,29 +148,31 @@ class Stopwatch:
         self._collect()
         self._started = None
 
-    def step(self) -> None:
+    def step(self, samples: int) -> None:
         """Counts one finished step, if the watch is running."""
         if self._started is not None:
             self.steps += 1
-            self._lap_steps += 1
+            self.samples += samples
 
-    def lap(self) -> float | None:
-        """Seconds per step since the last lap; None if no step was timed."""
+    def lap(self) -> Speed | None:
+        """Since the last lap; None if no step was timed."""
         self._collect()
-        lap = self._lap_seconds / self._lap_steps if self._lap_steps else None
-        self._lap_steps, self._lap_seconds = 0, 0.0
-        return lap
+        steps, samples, seconds = self._lap_start
+        self._lap_start = (self.steps, self.samples, self.seconds)
+        return _speed(self.steps - steps, self.samples - samples, self.seconds - seconds)
 
     @property
-    def seconds_per_step(self) -> float | None:
+    def total(self) -> Speed | None:
         """Over the whole run; None if no step was timed."""
         self._collect()
-        return self.seconds / self.steps if self.steps else None
+        return _speed(self.steps, self.samples, self.seconds)
 
     def _collect(self) -> None:
-        if self._started is None:
-            return
-        now = time.perf_counter()
-        self.seconds += now - self._started
-        self._lap_seconds += now - self._started
-        self._started = now
+        if self._started is not None:
+            now = time.perf_counter()
+            self.seconds += now - self._started
+            self._started = now
+
+
+def _speed(steps: int, samples: int, seconds: float) -> Speed | None:
+    return Speed(seconds / steps, samples / seconds) if steps and seconds else None

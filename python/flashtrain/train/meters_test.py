@@ -3,7 +3,13 @@ import time
 import pytest
 import torch
 
-from flashtrain.train.meters import Stopwatch, peak_flops, peak_flops_by_name, peak_memory_bytes
+from flashtrain.train.meters import (
+    Speed,
+    Stopwatch,
+    peak_flops,
+    peak_flops_by_name,
+    peak_memory_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,27 +44,27 @@ def test_cpu() -> None:
 def test_stopwatch_counts_running_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    watch = Stopwatch(steps=2, seconds=10.0)
-    watch.step()  # not running
+    watch = Stopwatch(steps=2, samples=100, seconds=10.0)
+    watch.step(8)  # not running
     now = 107.0
     watch.start()
     now = 108.0
-    watch.step()
+    watch.step(2)
     now = 110.0
-    watch.step()
+    watch.step(4)
     watch.stop()
     now = 150.0
-    assert (watch.steps, watch.seconds) == (4, 13.0)
-    assert watch.lap() == 1.5
+    assert (watch.steps, watch.samples, watch.seconds) == (4, 106, 13.0)
+    assert watch.lap() == Speed(1.5, 2.0)
     assert watch.lap() is None
-    assert watch.seconds_per_step == 3.25
+    assert watch.total == Speed(3.25, 106 / 13)
     watch.start()
     now = 151.0
-    watch.step()
-    assert watch.lap() == 1.0
-    assert watch.seconds_per_step == 14.0 / 5
+    watch.step(4)
+    assert watch.lap() == Speed(1.0, 4.0)
+    assert watch.total == Speed(14.0 / 5, 110 / 14)
 
 
 def test_stopwatch_without_steps() -> None:
     assert Stopwatch().lap() is None
-    assert Stopwatch().seconds_per_step is None
+    assert Stopwatch().total is None

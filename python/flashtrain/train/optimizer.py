@@ -1,79 +1,109 @@
-"""AdamW with the recipes' parameter groups, steps that a device can skip, and named state."""
+"""AdamW with the recipes' parameter groups, whose steps the device can skip, and state by name."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from flashtrain.ops.adamw import FusedAdamW, global_grad_norm
 from flashtrain.train.config import OptimConfig
+from flashtrain.train.strategy import Shard
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decayed_names(model: nn.Module) -> set[str]:
     """Weights of nn.Linear decay; biases, norms and embeddings (hence a tied head) do not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if id(p) in linear], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in linear], "weight_decay": 0.0},
-    ]
+    return {name for name, p in model.named_parameters() if id(p) in linear}
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW: one launch for all tensors, and it can skip a step on the device."""
-    return torch.optim.AdamW(
-        [g for g in parameter_groups(model, optim.weight_decay) if g["params"]],
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        fused=True,
-    )
+class Optimizer:
+    """AdamW over a rank's shards: `flashtrain.ops.adamw`, or torch's where `optim.fused` is off.
 
-
-def step_unless(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
-    """One optimizer step, or none at all if `skip` (a bool scalar on the device) holds.
-
-    The host never learns which: fused optimizers read torch.amp.GradScaler's `found_inf` on the
-    device and then leave weights, moments and step counts as they are.
+    Args:
+        decayed: names of the parameters that weight decay applies to.
+        zero1: each rank keeps the moments of its own part of the parameters only, updates those and
+            sends them to the others.
     """
-    optimizer.grad_scale = None  # gradients are already unscaled
-    optimizer.found_inf = skip.to(torch.float32)
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf
 
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        decayed: Collection[str],
+        optim: OptimConfig,
+        *,
+        zero1: bool = False,
+    ):
+        self._shards = [s for s in shards if s.tensor.numel()]
+        groups = [
+            {
+                "params": [s.tensor for s in self._shards if (s.name in decayed) == decays],
+                "weight_decay": optim.weight_decay if decays else 0.0,
+            }
+            for decays in (True, False)
+        ]
+        options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+        self._fused = optim.fused
+        adamw: Any = FusedAdamW if self._fused else torch.optim.AdamW
+        if not self._fused:
+            options["fused"] = True  # the only one of torch's that can skip a step on the device
+        groups = [group for group in groups if group["params"]]
+        self._outer: Any
+        self._inner: Any  # holds the state
+        if zero1:
+            from torch.distributed.optim import ZeroRedundancyOptimizer
 
-def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by parameter name: independent of groups, their order and ranks."""
-    return {
-        name: dict(optimizer.state[parameter])
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-    }
+            self._outer = ZeroRedundancyOptimizer(
+                groups, adamw, parameters_as_bucket_view=True, **options
+            )
+            self._inner = self._outer.optim
+        else:
+            self._outer = self._inner = adamw(groups, **options)
+        mine = {id(p) for group in self._inner.param_groups for p in group["params"]}
+        self._owned = [s for s in self._shards if id(s.tensor) in mine]
 
+    @property
+    def owned(self) -> Sequence[Shard]:
+        """The shards whose moments this rank keeps."""
+        return self._owned
 
-def load_named_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Restores what `named_state` gave, whose tensors it may take over.
+    def gradient_norm(self) -> Tensor:
+        """2-norm, an fp32 scalar, of the gradient that the model has left in this rank's shards."""
+        gradients = [g for shard in self._shards if (g := shard.take_gradient()) is not None]
+        norm = global_grad_norm if self._fused else nn.utils.get_total_norm
+        return norm(gradients).float()
 
-    Raises KeyError or ValueError where the state is another model's.
-    Hyperparameters stay those of `optimizer`: they come from the config, not from a checkpoint.
-    """
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    unknown = state.keys() - parameters.keys()
-    if unknown:
-        raise KeyError(f"optimizer state of unknown parameter {min(unknown)!r}")
-    for name, entries in state.items():
-        parameter = parameters[name]
-        restored = {}
-        for key, value in entries.items():
-            if torch.is_tensor(value) and value.ndim > 0 and value.shape != parameter.shape:
-                raise ValueError(
-                    f"optimizer state {name}.{key} has shape {tuple(value.shape)}, "
-                    f"the parameter {tuple(parameter.shape)}"
-                )
-            restored[key] = value.to(parameter.device) if torch.is_tensor(value) else value
-        optimizer.state[parameter] = restored
+    def step(self, lr: float, divisor: Tensor, skip: Tensor) -> None:
+        """One step, or none at all if `skip` holds: weights, moments and step counts stay as they
+        are, and the host never learns it. The gradients are dropped.
+
+        Args:
+            divisor: fp32 scalar on the device, by which the gradients are divided first.
+            skip: bool scalar on the device.
+        """
+        for group in self._outer.param_groups:
+            group["lr"] = lr
+        if self._fused:
+            self._outer.step(grad_scale=divisor, skip=skip)
+        else:
+            # As torch.amp.GradScaler does it.
+            self._inner.grad_scale, self._inner.found_inf = divisor, skip.float()
+            try:
+                self._outer.step()
+            finally:
+                del self._inner.grad_scale, self._inner.found_inf
+        for shard in self._shards:
+            shard.drop_gradient()
+
+    def state(self, shard: Shard) -> dict[str, Tensor]:
+        """Moments and step count of one of the owned shards; empty before the first step."""
+        return dict(self._inner.state.get(shard.tensor, {}))
+
+    def load_state(self, shard: Shard, state: Mapping[str, Tensor]) -> None:
+        """Restores what `state` gave, of the same rows; takes the tensors over.
+
+        Hyperparameters stay those of the config.
+        """
+        device = shard.tensor.device
+        self._inner.state[shard.tensor] = {key: value.to(device) for key, value in state.items()}

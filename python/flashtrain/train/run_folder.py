@@ -22,11 +22,27 @@ _LOCK_WAIT_SECONDS = 10.0
 
 def default_workdir(config_name: str) -> Path:
     """`runs/<config>/<time>` under the current folder, a name nobody has taken."""
-    base = Path("runs", re.sub(r"[^\w.=-]+", "-", config_name), time.strftime("%Y%m%d-%H%M%S"))
+    base = _runs_of(config_name) / time.strftime("%Y%m%d-%H%M%S")
     path, number = base, 2
     while path.exists():
         path, number = Path(f"{base}-{number}"), number + 1
     return path
+
+
+def newest_workdir(config_name: str) -> Path:
+    """The last of the default folders of a config's runs. Raises UserError if there is none."""
+    runs = _runs_of(config_name)
+    found = [path.parent for path in runs.glob("*/checkpoints")]
+    if not found:
+        raise UserError(
+            f"--resume: there is no run with checkpoints in {runs.absolute()}; name its folder "
+            "with --workdir, or leave --resume out to start one"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _runs_of(config_name: str) -> Path:
+    return Path("runs", re.sub(r"[^\w.=-]+", "-", config_name))
 
 
 class RunFolder:
@@ -63,6 +79,14 @@ class RunFolder:
             raise self._not_writable(error.strerror) from error
         self._lock()
 
+    def check_shared(self, rank: int) -> None:
+        """After rank 0's `open`: raises UserError where another rank does not see the folder."""
+        if not (self.path / ".lock").exists():
+            raise UserError(
+                f"rank {rank} does not see the run folder {self.path} that rank 0 has made; choose "
+                "one on a file system that all nodes share, with --workdir"
+            )
+
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a run that has ended here, if there is one."""
         try:
@@ -72,13 +96,17 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replaces the summary in one go."""
-        temporary = self.path / ".tmp-summary.json"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(summary, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.summary)
+        _replace(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Removes from the metrics, in one go, what an earlier process logged after `step`, and
+        what it left unfinished when it was killed."""
+        if not self.metrics.exists():
+            return
+        found = self.metrics.read_text(encoding="utf-8", errors="replace")
+        kept = "".join(line for line in found.splitlines(keepends=True) if _is_up_to(line, step))
+        if kept != found:
+            _replace(self.metrics, kept)
 
     def _not_writable(self, reason: str | None) -> UserError:
         return UserError(
@@ -104,3 +132,21 @@ class RunFolder:
         self._lock_file.truncate(0)
         self._lock_file.write(f"{os.getpid()}\n")
         self._lock_file.flush()
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    """Whether a line of the metrics is whole and of no later step."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file; killed at any moment, this leaves the one before or the new one."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -3,9 +3,11 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flashtrain.train.console import heard_or_not, say
+from flashtrain.train.meters import Speed
 from flashtrain.train.run_folder import RunFolder
 
 
@@ -27,40 +29,34 @@ class RunLog:
         from tqdm import tqdm
 
         self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
-        kept = _lines_up_to(folder, step)
-        self._metrics = open(folder.metrics, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self._metrics.writelines(kept)
+        folder.drop_metrics_after(step)
+        self._metrics = open(folder.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def note(self, line: str) -> None:
         """A line for the user."""
         if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+            with heard_or_not(sys.stderr):
+                self._bar.write(line, file=sys.stderr)
         elif self._enabled:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
-    def progress(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+    def progress(self, step: int, loss: float, speed: str) -> None:
         """Shows how far the run is."""
         if self._bar is not None:
-            speed = "" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
-            self._bar.set_postfix({"loss": f"{loss:.4f}", "tokens/s": speed}, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(f"loss {loss:.4f} {speed}".rstrip(), refresh=False)
+            with heard_or_not(sys.stderr):
+                self._bar.update(step - self._bar.n)
 
-    def step_line(
-        self,
-        step: int,
-        loss: float,
-        tokens_per_second: float | None,
-        seconds_per_step: float | None,
-    ) -> None:
+    def step_line(self, step: int, loss: float, speed: str, average: Speed | None) -> None:
         """The progress as a line, where there is no progress bar."""
         if self._bar is not None:
             return
         parts = [f"step {step}/{self._max_steps}", f"loss {loss:.4f}"]
-        if tokens_per_second is not None and seconds_per_step is not None:
-            parts.append(f"{tokens_per_second:,.0f} tokens/s")
-            parts.append(f"{_duration(seconds_per_step * (self._max_steps - step))} left")
+        if average is not None:
+            left = average.seconds_per_step * (self._max_steps - step)
+            parts += [speed, f"{_duration(left)} left"]
         self.note(" | ".join(parts))
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -79,6 +75,19 @@ class RunLog:
             indented = "\n".join("    " + line for line in text.splitlines())
             self._writer.add_text(name, indented, step)
 
+    def hyperparameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """For TensorBoard's HPARAMS page: one row a run, its last logged `metrics` beside it."""
+        if not self._enabled:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()
+        }
+        # SummaryWriter.add_hparams would write them into a run of their own, without the curves.
+        for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
+            self._writer.file_writer.add_summary(summary)
+
     def flush(self) -> None:
         """Everything logged so far reaches the disk."""
         if self._enabled:
@@ -89,7 +98,8 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with heard_or_not(sys.stderr):
+                self._bar.close()
             self._bar = None
         if self._enabled:
             self._writer.close()
@@ -99,21 +109,6 @@ class RunLog:
 def finite_or_none(value: float | None) -> float | None:
     """A number as JSON can hold it: None for NaN and infinities."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _lines_up_to(folder: RunFolder, step: int) -> list[str]:
-    """Lines of the metrics up to `step`; what a killed process has left unfinished is dropped."""
-    if not folder.metrics.exists():
-        return []
-    kept = []
-    for line in folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            entry: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        if entry["step"] <= step:
-            kept.append(line)
-    return kept
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,40 @@
+"""What a program says to its user, whether or not anyone is left to hear it.
+
+A terminal is closed, or what reads a pipe ends (tee does at the Ctrl-C that asks a run to save):
+that is no reason to fail. Files that are redirected to and cannot be written still are one.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import IO
+
+_NOBODY_THERE = (errno.EPIPE, errno.EIO)
+
+
+def say(text: str) -> None:
+    """Prints lines to stderr, in one piece: those of other processes come before or after."""
+    with heard_or_not(sys.stderr):
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
+
+
+def answer(text: str) -> None:
+    """Prints lines to stdout, likewise."""
+    with heard_or_not(sys.stdout):
+        print(f"{text}\n", end="", flush=True)
+
+
+@contextlib.contextmanager
+def heard_or_not(stream: IO[str]) -> Iterator[None]:
+    """Around what writes to `stream` and flushes it: an error for want of a reader is dropped."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOBODY_THERE:
+            raise
+        # The stream keeps what it could not write, and would fail again when Python ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

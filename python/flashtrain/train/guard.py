@@ -1,0 +1,59 @@
+"""Which steps are not fit to be taken, decided on the device.
+
+A step is skipped if its loss or gradient norm is not finite, or, with a threshold z > 0, if either
+lies more than z standard deviations above its running mean. Mean and variance are exponential
+averages over the steps that were taken (weight 1/n for the n-th until that is below 1/32: longer
+ones remember the fall of the first losses as a deviation for too long), and a step is judged once
+100 have been taken.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HORIZON = 32  # steps
+_FIRST_JUDGED = 100  # steps taken before
+
+
+class Guard:
+    """Judges each step by its loss and gradient norm; the host waits for no device in it."""
+
+    def __init__(self, device: torch.device, zscore: float):
+        self._zscore = zscore
+        self._mean = torch.zeros(2, dtype=torch.float64, device=device)
+        self._variance = torch.zeros(2, dtype=torch.float64, device=device)
+        self._count = torch.zeros((), dtype=torch.float64, device=device)
+
+    def __call__(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether to skip the step, a bool scalar; loss and norm are fp32 scalars."""
+        finite = loss.isfinite() & grad_norm.isfinite()
+        if not self._zscore:
+            return ~finite
+        values = torch.stack([loss, grad_norm]).double()
+        above = values - self._mean
+        spike = (above > self._zscore * self._variance.sqrt()).any() & (
+            self._count >= _FIRST_JUDGED
+        )
+        skip = spike | ~finite
+        weight = 1 / (self._count + 1).clamp(max=_HORIZON)
+        mean = self._mean + weight * above
+        variance = (1 - weight) * (self._variance + weight * above.square())
+        self._mean.copy_(torch.where(skip, self._mean, mean))
+        self._variance.copy_(torch.where(skip, self._variance, variance))
+        self._count.add_((~skip).double())
+        return skip
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers; waits for the device."""
+        return {
+            "mean": self._mean.tolist(),
+            "variance": self._variance.tolist(),
+            "count": self._count.item(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what `state` gave."""
+        for name, tensor in (("mean", self._mean), ("variance", self._variance)):
+            tensor.copy_(torch.tensor(state[name], dtype=tensor.dtype))
+        self._count.fill_(state["count"])

@@ -1,0 +1,57 @@
+"""Where the time of a step goes, without making the host wait for the device."""
+
+import time
+
+import torch
+
+PHASES = ("data", "forward_backward", "optimizer")
+
+
+class PhaseTimer:
+    """Adds up the time between marks: on a GPU by events in its stream, else by the clock.
+
+        timer.start()
+        batch = loader.next()
+        timer.mark("data")              # waiting for the batch
+        ...backward()
+        timer.mark("forward_backward")  # with the gradients' sum over ranks, which overlaps it
+        optimizer.step()
+        timer.mark("optimizer")
+
+    Times are read when `lap` is called, for steps that the device has finished by then.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._totals = dict.fromkeys(PHASES, 0.0)
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._last: torch.cuda.Event | float = 0.0
+
+    def start(self) -> None:
+        """The first phase of a step begins."""
+        self._last = self._now()
+
+    def mark(self, phase: str) -> None:
+        """What was begun last is this phase, and ends here."""
+        begin, self._last = self._last, self._now()
+        if isinstance(begin, float) or isinstance(self._last, float):
+            self._totals[phase] += self._last - begin
+        else:
+            self._pending.append((phase, begin, self._last))
+
+    def lap(self) -> dict[str, float]:
+        """Each phase's share of the time since the last lap, in [0, 1]; {} if there was none."""
+        while self._pending and self._pending[0][2].query():
+            phase, begin, end = self._pending.pop(0)
+            self._totals[phase] += begin.elapsed_time(end) / 1e3
+        whole = sum(self._totals.values())
+        shares = {name: value / whole for name, value in self._totals.items()} if whole else {}
+        self._totals = dict.fromkeys(PHASES, 0.0)
+        return shares
+
+    def _now(self) -> "torch.cuda.Event | float":
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,86 @@
+"""A profile of a few steps: what the host and the device did, and what lay in memory."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from flashtrain.errors import UserError
+
+_WARM_UP = 9  # steps before the first one that is profiled by count
+_SNAPSHOT_EVENTS = 200_000  # allocations and frees kept; a step of a GPT has some thousands
+
+
+def parse_steps(text: str) -> range:
+    """Reads "100-103", the steps 100 to 103, or "3", three steps after the run has warmed up.
+
+    Raises:
+        UserError: it is neither.
+    """
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if match and match[2] is None and int(match[1]):
+        return range(_WARM_UP + 1, _WARM_UP + 1 + int(match[1]))
+    if match and match[2] is not None and 1 <= int(match[1]) <= int(match[2]):
+        return range(int(match[1]), int(match[2]) + 1)
+    raise UserError(
+        f"--profile={text}: give a number of steps, as in --profile=3, or the first and the last, "
+        "counted from 1, as in --profile=100-103"
+    )
+
+
+class StepProfiler:
+    """Profiles the wanted steps of this process and writes into `folder`
+
+    rank<r>.trace.json.gz     for Perfetto, chrome://tracing, or TensorBoard's profile plugin
+    rank<r>.memory.pickle     GPU only: a snapshot for PyTorch's memory_viz
+
+    The steps profiled run slower, so a run's speed is better read without.
+    """
+
+    def __init__(self, steps: range, folder: Path, rank: int, device: torch.device):
+        """`steps` are counted from 1, as the log does; an empty range profiles nothing."""
+        self._steps = steps
+        self._base = folder / f"rank{rank}"
+        self._on_gpu = device.type == "cuda"
+        self._profile: torch.profiler.profile | None = None
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Surrounds the work of one step."""
+        if number not in self._steps:
+            yield
+            return
+        if self._profile is None:
+            self._start()
+        with torch.profiler.record_function(f"step {number}"):
+            yield
+
+    def finish(self, number: int) -> str | None:
+        """To be called after each step; after the last one wanted writes the files and says so."""
+        if self._profile is None or number + 1 in self._steps:
+            return None
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self._profile.stop()
+        self._base.parent.mkdir(parents=True, exist_ok=True)
+        trace = f"{self._base}.trace.json.gz"
+        self._profile.export_chrome_trace(trace)
+        self._profile = None
+        written = trace
+        if self._on_gpu:
+            snapshot = f"{self._base}.memory.pickle"
+            torch.cuda.memory._dump_snapshot(snapshot)
+            torch.cuda.memory._record_memory_history(enabled=None)
+            written += f" and {snapshot}"
+        return f"wrote a profile of {len(self._steps)} steps to {written}"
+
+    def _start(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=_SNAPSHOT_EVENTS)
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._profile.start()
