@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def parse(
     argv: Sequence[str],
     default_config: str,
     values: flags.FlagValues,
-    defaults: Mapping[str, Mapping[str, Any]],
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]],
 ) -> CommandLine:
     """Reads the recipe and applies the changes.
 
@@ -60,18 +60,35 @@ def parse(
         argv: the program's name and its arguments.
         default_config: the recipe where --config is not given.
         values: holds the definitions of the program's other flags; parsed here.
-        defaults: sections of default values.
+        defaults: gives the sections of default values for a recipe's sections.
 
     Raises:
         UserError: a flag, file, variant, key or value is wrong; names the nearest right one.
     """
     recipe, rest = _split_off_recipe(argv, default_config)
     path, argument = _find(recipe)
-    config = _with_defaults(_load(path, argument), defaults, path)
+    sections = _load(path, argument)
+    config = _with_defaults(sections, defaults(sections), path)
     _check_overrides(rest, config)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(rest))
+    parse_flags(rest, values, config)
+    name = path.stem + (f"-{argument}" if argument else "").replace(",", "-")
+    return CommandLine(name, config.to_dict(), values)
+
+
+def parse_flags(argv: Sequence[str], values: flags.FlagValues, config: Any = None) -> None:
+    """Reads flags into `values`, which define them.
+
+    Args:
+        argv: the program's name and its arguments.
+        values: definitions; takes the values.
+        config: the recipe whose keys are among the flags, if there is one.
+
+    Raises:
+        UserError: a flag or value is wrong; names the nearest right one.
+    """
     try:
-        positional = values(list(rest))
+        positional = values(list(argv))
     except flags.UnrecognizedFlagError as error:
         known = [f"--{name}" for name in values if not name.startswith("config.")]
         flag = f"--{error.flagname}"
@@ -82,8 +99,15 @@ def parse(
         raise UserError(
             f"unexpected argument {positional[1]!r}: flags are --name=value; --help shows them"
         )
-    name = path.stem + (f"-{argument}" if argument else "").replace(",", "-")
-    return CommandLine(name, config.to_dict(), values)
+
+
+def flag_lines(values: flags.FlagValues) -> list[tuple[str, str]]:
+    """Each flag as it is given, and its help."""
+    return [
+        (f"--{name}" if values[name].boolean else f"--{name}=<value>", values[name].help)
+        for name in values
+        if name == values[name].name  # not a short name
+    ]
 
 
 def help_text(program: str, values: flags.FlagValues, default_config: str) -> str:
@@ -92,11 +116,8 @@ def help_text(program: str, values: flags.FlagValues, default_config: str) -> st
     rows = [
         ("--config=<file>[:<variant>]", f"the recipe (default: {default_config})"),
         ("--config.<section>.<key>=<value>", "change one key of it; --print_config shows them all"),
+        *flag_lines(values),
     ]
-    for name in values:
-        flag = values[name]
-        if name == flag.name:  # not a short name
-            rows.append((f"--{name}" if flag.boolean else f"--{name}=<value>", flag.help))
     lines = [f"  {flag:<34} {text}" for flag, text in rows]
     return "\n".join([f"usage: {program} [flags]", "", *lines, "", f"recipes: {shown}"])
 

@@ -11,6 +11,7 @@ import torch
 from experiments.configs import gpt_common
 from flashtrain.models.gpt import GPT, GPTConfig
 from flashtrain.train.config import RunConfig
+from flashtrain.train.schedule import learning_rate
 
 # Layers, width, heads, learning rate, sequences per step, parameters (with a vocabulary of 50,257).
 GPT2 = {
@@ -30,7 +31,7 @@ SHORT = {name: "60b" if name in ("gpt3xl", "gpt3_2p7b") else "30b" for name in G
 VARIANTS = {
     "quickstart": (),
     **dict.fromkeys(GPT2, ("plain",)),
-    **{name: ("plain", "8k", SHORT[name]) for name in GPT3},
+    **{name: ("plain", "rotary", "8k", SHORT[name]) for name in GPT3},
 }
 VARIANTS["gpt3_2p7b"] += ("hdim128",)
 # No variant, each alone, all at once.
@@ -54,6 +55,7 @@ def test_loads_and_trains_a_step_in_miniature(name, arg):
     assert run.trainer.global_batch_size % config.data.batch_size == 0
     assert run.optim.warmup_steps < run.trainer.max_steps
 
+    torch.manual_seed(0)
     # All options of the recipe but the sizes; plain, so that the kernels need not be there.
     sizes = {"vocab_size": 61, "num_layers": 2, "max_seq_len": 16}
     sizes["d_model"] = 4 * config.model.num_heads
@@ -91,8 +93,14 @@ def test_variants_change_what_they_say(name):
     tokens = base.trainer.global_batch_size * base.data.seq_len
     assert long.data.seq_len == long.model.max_seq_len == 8192
     assert long.trainer.global_batch_size * long.data.seq_len == tokens
-    assert base.trainer.max_steps * tokens == 600_000 * 2**19
-    assert short.trainer.max_steps == 60_000
+    assert base.trainer.max_steps * tokens == 800_000 * 2**19
+    assert base.optim.cycle_steps * tokens == 600_000 * 2**19
+    assert base.optim.warmup_steps * 100 == base.trainer.max_steps
+    assert short.trainer.max_steps == short.optim.cycle_steps == 60_000
+    assert short.optim.warmup_steps == 600
+    rotary = load(name, "rotary").model
+    assert (rotary.learned_positions, rotary.rotary_fraction) == (False, 0.5)
+    assert (base.model.learned_positions, base.model.rotary_fraction) == (True, 0.0)
     assert base.model.fused
     assert not load(name, "plain").model.fused
 
@@ -102,10 +110,26 @@ def test_heads_of_128():
     assert load("gpt3_2p7b", "60b,hdim128").model.init_std == 0.0125
 
 
+def test_large_models_share_the_optimizers_state():
+    zero1 = {name for name in (*GPT2, *GPT3) if load(name).trainer.strategy == "zero1"}
+    assert zero1 == {"gpt2l", "gpt2xl", "gpt3l", "gpt3xl", "gpt3_2p7b"}
+
+
+def test_rate_of_gpt3_from_first_to_last_step():
+    run = RunConfig.from_mapping("gpt3s", load("gpt3s").to_dict())
+    rates = {
+        step: learning_rate(step, run.optim, run.trainer.max_steps)
+        for step in (0, 7_999, 600_000, 799_999)
+    }
+    assert rates[0] == pytest.approx(1e-6, rel=0.1)
+    assert rates[7_999] == 6e-4
+    assert rates[600_000] == rates[799_999] == pytest.approx(6e-5)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_unknown_variants_are_refused_by_one_line(name):
-    with pytest.raises(ValueError, match=f"{name} has no variant 'rotary'") as caught:
-        load(name, "rotary")
+    with pytest.raises(ValueError, match=f"{name} has no variant 'rotery'") as caught:
+        load(name, "rotery")
     assert "\n" not in str(caught.value)
     for variant in VARIANTS[name]:
         assert variant in str(caught.value)

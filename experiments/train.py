@@ -8,24 +8,30 @@ Exit codes: see flashtrain/errors.
 """
 
 import dataclasses
+import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from experiments import command_line
 from flashtrain.train import launcher
 from flashtrain.train.config import OptimConfig, RunConfig, TrainerConfig
-from flashtrain.train.run_folder import default_workdir
+from flashtrain.train.run_folder import default_workdir, newest_workdir
 
 _DEFAULT_CONFIG = "configs/quickstart.py"
 
 
-def defaults() -> dict[str, dict[str, object]]:
-    """What a recipe may leave out."""
-    from flashtrain.models.gpt import GPTConfig  # here: torch takes seconds, and --help needs none
+def defaults(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the recipe may leave out, which depends on the family of its model."""
+    from flashtrain.train import task  # here: torch takes seconds, and --help needs none
 
-    classes = {"model": GPTConfig, "optim": OptimConfig, "trainer": TrainerConfig}
+    family = recipe.get("model", {}).get("family", task.DEFAULT_FAMILY)
+    model_config = task.task_class(family).config_class
+    classes = {"model": model_config, "optim": OptimConfig, "trainer": TrainerConfig}
     sections = {
         section: {
             field.name: field.default
@@ -34,7 +40,11 @@ def defaults() -> dict[str, dict[str, object]]:
         }
         for section, cls in classes.items()
     }
-    return sections | {"data": {"source": "", "path": "", "seed": 1111}}
+    sections["model"]["family"] = family
+    data = {"source": "", "path": "", "seed": 1111}
+    if family == "gpt":
+        data["document_mask"] = False
+    return sections | {"data": data}
 
 
 def _define_flags() -> flags.FlagValues:
@@ -43,6 +53,24 @@ def _define_flags() -> flags.FlagValues:
         "workdir",
         None,
         "the run's folder, runs/<config>/<time> by default; a run in it is continued",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "resume",
+        False,
+        "continue the run in --workdir, or else the config's last one; an error if there is none",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "print parameters, operations, memory, tokens and hours of the run, and exit",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "profile",
+        None,
+        "profile steps into <workdir>/profile: a number of them, or first-last",
         flag_values=values,
     )
     flags.DEFINE_bool("print_config", False, "print the whole config and exit", flag_values=values)
@@ -58,20 +86,46 @@ def main() -> int:
         print(command_line.help_text("train", values, _DEFAULT_CONFIG))
         return 0
 
-    parsed = command_line.parse(sys.argv, _DEFAULT_CONFIG, values, defaults())
+    parsed = command_line.parse(sys.argv, _DEFAULT_CONFIG, values, defaults)
     if values.print_config:
         print(command_line.format_config(parsed.config))
         return 0
+    from flashtrain.train.profiler import parse_steps
+
     config = RunConfig.from_mapping(parsed.name, parsed.config)
+    profile = parse_steps(values.profile) if values.profile else range(0)
     workdir = Path(values.workdir).expanduser().absolute() if values.workdir else None
+    if values.resume and workdir is None:
+        workdir = newest_workdir(config.name)
     processes = launcher.processes_to_start(config.trainer.device, config.trainer.devices)
+    if values.dry_run:
+        return _dry_run(config, processes)
     if processes > 1:
         workdir = workdir or default_workdir(config.name)  # one for all processes
         return launcher.launch(processes, [__file__, *sys.argv[1:], f"--workdir={workdir}"])
 
     from flashtrain.train.loop import train
 
-    train(config, workdir, command=sys.argv)
+    train(config, workdir, command=sys.argv, resume=values.resume, profile=profile)
+    return 0
+
+
+def _dry_run(config: RunConfig, processes: int) -> int:
+    """Prints what the run would take; the last line is JSON."""
+    import torch
+
+    from flashtrain import distributed
+    from flashtrain.train import estimate, meters
+
+    ranks = int(os.environ.get("WORLD_SIZE", processes))
+    if distributed.resolve_device(config.trainer.device) == "cuda":
+        device = torch.device("cuda", 0)
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        device, memory = torch.device("cpu"), estimate.host_memory() // ranks
+    found = estimate.estimate(config, ranks, memory, meters.peak_flops(device))
+    print(found.text())
+    print(json.dumps(found.to_dict()))
     return 0
 
 

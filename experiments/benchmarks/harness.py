@@ -6,7 +6,8 @@ device waits for Python and for launches, and the device's own time, taken by CU
 device is held busy until all launches are queued (as in a training step, whose host runs ahead). On
 the CPU `time.perf_counter` takes the call alone. Bandwidth counts bytes once: every input read once
 and every output written once, whatever a kernel really moves. The ceiling is a device-to-device
-copy measured in the same run.
+copy measured in the same run. Where a row has FLOPs its rate is FLOP/s, and its ceiling is the row
+of implementation MATMUL of the same case: the case's matrix products alone, by torch.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 CACHE_BYTES = 256 * 2**20  # more than any last-level cache
+MATMUL = "matmul"
 HOLD_CYCLES = 4_000_000  # 2 ms at 2 GHz: far longer than any function here takes to launch
 
 
@@ -37,6 +39,15 @@ class Row:
     call_seconds: float
     device_seconds: float | None  # None on the CPU
     bytes: int
+    flops: int | None = None  # where given, the row's rate is FLOP/s instead of bytes/s
+
+    def rate(self, seconds: float) -> float:
+        """GB/s, or TFLOP/s where the row has FLOPs."""
+        return self.bytes / seconds / 1e9 if self.flops is None else self.flops / seconds / 1e12
+
+    @property
+    def unit(self) -> str:
+        return "GB/s" if self.flops is None else "TFLOP/s"
 
 
 def parse_arguments(description: str, peers: tuple[str, ...]) -> argparse.Namespace:
@@ -68,12 +79,13 @@ def measure(
     function: Callable[[], object],
     moved_bytes: int,
     device: torch.device,
+    flops: int | None = None,
 ) -> Row:
     """Times a function and prints the result."""
     on_device = device_seconds(function) if device.type == "cuda" else None
-    row = Row(case, implementation, call_seconds(function, device), on_device, moved_bytes)
-    rate = moved_bytes / (on_device or row.call_seconds) / 1e9
-    print(f"{case:60s} {implementation:8s} {rate:8.1f} GB/s", flush=True)
+    row = Row(case, implementation, call_seconds(function, device), on_device, moved_bytes, flops)
+    rate = row.rate(on_device or row.call_seconds)
+    print(f"{case:60s} {implementation:8s} {rate:8.1f} {row.unit}", flush=True)
     return row
 
 
@@ -141,38 +153,57 @@ def _rounded(value: float) -> str:
 
 def _table(rows: list[Row], ceiling: float, seconds: Callable[[Row], float]) -> list[str]:
     """A line for each case, a column for each implementation; the first one is ours."""
-
-    def rate(row: Row) -> float:
-        return row.bytes / seconds(row) / 1e9
-
     names = list(dict.fromkeys(row.implementation for row in rows))
-    header = ["case", *(f"{name}, us (GB/s)" for name in names), f"{names[0]} / copy"]
-    header += [f"best other / {names[0]}, time"] if len(names) > 1 else []
+    unit = rows[0].unit
+    peers = [name for name in names[1:] if name != MATMUL]
+    has_ceiling = unit == "GB/s" or MATMUL in names
+    header = ["case", *(f"{name}, us ({unit})" for name in names)]
+    header += [f"{names[0]} / {'copy' if unit == 'GB/s' else MATMUL}"] if has_ceiling else []
+    header += [f"best other / {names[0]}, time"] if peers else []
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for case in dict.fromkeys(row.case for row in rows):
         of_case = {row.implementation: row for row in rows if row.case == case}
+        rates = {name: row.rate(seconds(row)) for name, row in of_case.items()}
         ours = of_case[names[0]]
-        others = [seconds(row) for name, row in of_case.items() if name != names[0]]
+        others = [seconds(of_case[name]) for name in peers if name in of_case]
         cells = [
-            f"{seconds(of_case[name]) * 1e6:.1f} ({_rounded(rate(of_case[name]))})"
+            f"{seconds(of_case[name]) * 1e6:.1f} ({_rounded(rates[name])})"
             if name in of_case
             else "-"
             for name in names
         ]
-        cells.append(f"{rate(ours) / ceiling:.2f}")
-        cells += [f"{min(others) / seconds(ours):.2f}"] if others else []
+        if has_ceiling:
+            limit = ceiling if unit == "GB/s" else rates.get(MATMUL)
+            cells.append(f"{rates[names[0]] / limit:.2f}" if limit else "-")
+        if peers:
+            cells.append(f"{min(others) / seconds(ours):.2f}" if others else "-")
         lines.append([case, *cells])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def report(what: str, rows: list[Row], ceiling: float, arguments: argparse.Namespace) -> None:
-    """Prints the table and, with --out, writes <what>_<device>_<yyyymm>.md."""
+def _tables(rows: list[Row], ceiling: float, seconds: Callable[[Row], float]) -> list[str]:
+    """A table for each unit among the rows."""
+    lines: list[str] = []
+    for unit in dict.fromkeys(row.unit for row in rows):
+        lines += [""] if lines else []
+        lines += _table([row for row in rows if row.unit == unit], ceiling, seconds)
+    return lines
+
+
+def report(
+    what: str,
+    rows: list[Row],
+    ceiling: float,
+    arguments: argparse.Namespace,
+    notes: Sequence[str] = (),
+) -> None:
+    """Prints the table, then notes; with --out, writes them to <what>_<device>_<yyyymm>.md."""
     name = device_name(arguments.device)
     versions = {p: _version(p) for p in ("torch", "triton", "liger-kernel")}
     today = datetime.date.today()
-    call_table = _table(rows, ceiling, lambda row: row.call_seconds)
+    call_table = _tables(rows, ceiling, lambda row: row.call_seconds)
     if all(row.device_seconds for row in rows):
-        device_table = _table(rows, ceiling, lambda row: row.device_seconds or 0.0)
+        device_table = _tables(rows, ceiling, lambda row: row.device_seconds or 0.0)
         tables = ["## On the device", "", *device_table, "", "## As called", "", *call_table]
     else:
         tables = call_table
@@ -189,6 +220,7 @@ def report(what: str, rows: list[Row], ceiling: float, arguments: argparse.Names
             "",
             *tables,
             "",
+            *notes,
         ]
     )
     print(text)

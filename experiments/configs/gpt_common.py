@@ -1,7 +1,7 @@
 """What the GPT-2 and GPT-3 recipes share: data, optimizer, schedule, and the choice of micro batch.
 
 A recipe names its size; the builders here add what its family has in common. Variants are words in
-the config's argument, joined by commas, as in --config=configs/gpt3l.py:8k,plain.
+the config's argument, joined by commas, as in --config=configs/gpt3l.py:rotary,8k.
 """
 
 from collections.abc import Collection
@@ -42,7 +42,7 @@ def parse_variants(recipe: str, arg: str | None, supported: Collection[str]) -> 
 
 
 def _gpt_config(
-    *, num_layers: int, d_model: int, num_heads: int, seq_len: int, lr: float
+    *, num_layers: int, d_model: int, num_heads: int, seq_len: int, lr: float, zero1: bool
 ) -> ml_collections.ConfigDict:
     """What GPT-2 and GPT-3 have in common."""
     config = ml_collections.ConfigDict()
@@ -74,6 +74,7 @@ def _gpt_config(
 
     config.trainer = ml_collections.ConfigDict()
     config.trainer.devices = 0
+    config.trainer.strategy = "zero1" if zero1 else "ddp"
     config.trainer.grad_clip = 1.0
     config.trainer.seed = 1111
     config.trainer.save_every = 1000
@@ -91,13 +92,20 @@ def gpt2_config(
     num_heads: int,
     lr: float,
     micro_batches: tuple[int, int, int, int],
+    zero1: bool = False,
 ) -> ml_collections.ConfigDict:
     """GPT-2 on OpenWebText: 400,000 steps of 512 x 1024 tokens, fp16, linear schedule."""
     variants = parse_variants(recipe, arg, ("plain",))
     config = _gpt_config(
-        num_layers=num_layers, d_model=d_model, num_heads=num_heads, seq_len=1024, lr=lr
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        seq_len=1024,
+        lr=lr,
+        zero1=zero1,
     )
-    config.model.fused = config.trainer.compile = "plain" not in variants
+    fused = "plain" not in variants
+    config.model.fused = config.optim.fused = config.trainer.compile = fused
 
     config.data.source = "openwebtext"
     config.data.batch_size = micro_batch(micro_batches)
@@ -122,25 +130,36 @@ def gpt3_config(
     num_heads: int,
     lr: float,
     micro_batches: tuple[int, int, int, int],
+    zero1: bool = False,
     large: bool = False,
     extra_variants: Collection[str] = (),
 ) -> ml_collections.ConfigDict:
-    """GPT-3 on The Pile: 300 billion tokens in windows of 2048, bf16, cosine down to a tenth of the
-    rate.
+    """GPT-3 on The Pile: windows of 2048, bf16, cosine down to a tenth of the rate over 315 billion
+    tokens, then a third as many at that rate.
 
     Args:
+        zero1: the optimizer's state is split among the GPUs.
         large: 1.3 billion parameters and more take 2**20 tokens a step instead of 2**19, and half
             the steps.
         extra_variants: words the caller handles itself.
     """
     short = "60b" if large else "30b"
-    variants = parse_variants(recipe, arg, ("plain", "8k", short, *extra_variants))
+    variants = parse_variants(recipe, arg, ("plain", "rotary", "8k", short, *extra_variants))
     long_context = "8k" in variants
     seq_len = 8192 if long_context else 2048
     config = _gpt_config(
-        num_layers=num_layers, d_model=d_model, num_heads=num_heads, seq_len=seq_len, lr=lr
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        seq_len=seq_len,
+        lr=lr,
+        zero1=zero1,
     )
-    config.model.fused = config.trainer.compile = "plain" not in variants
+    fused = "plain" not in variants
+    config.model.fused = config.optim.fused = config.trainer.compile = fused
+    rotary = "rotary" in variants
+    config.model.learned_positions = not rotary
+    config.model.rotary_fraction = 0.5 if rotary else 0.0
 
     micro, global_batch_size = micro_batch(micro_batches), 512 if large else 256
     if long_context:  # the same tokens in windows four times as long
@@ -150,15 +169,15 @@ def gpt3_config(
 
     config.optim.schedule = "cosine"
     config.optim.min_lr = 0.1 * lr
+    config.optim.warmup_lr = 1e-6
 
-    # Warm-up is 1% of the published runs' steps; the full ones went on flat for a third of the
-    # cycle.
     if short in variants:
-        config.trainer.max_steps, config.optim.warmup_steps = 60_000, 600
-    elif large:
-        config.trainer.max_steps, config.optim.warmup_steps = 300_000, 4000
+        max_steps = config.optim.cycle_steps = 60_000
     else:
-        config.trainer.max_steps, config.optim.warmup_steps = 600_000, 8000
+        max_steps = 400_000 if large else 800_000
+        config.optim.cycle_steps = max_steps * 3 // 4
+    config.trainer.max_steps = max_steps
+    config.optim.warmup_steps = max_steps // 100
     config.trainer.global_batch_size = global_batch_size
     config.trainer.precision = "bf16"
     config.trainer.eval_every = 1000 if large else 2000
