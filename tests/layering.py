@@ -2,7 +2,7 @@
 
 A file or target belongs to a layer by its folder; it may use its own layer and those below it:
 
-    experiments > eval > train > models > modules > data, distributed, ops > testing > errors
+    experiments > train > eval > models > modules > data, distributed, ops > testing > errors
                                                                                 > _kernels > cc
 
 `cc/` knows neither Python nor torch, so that C++ programs can depend on it alone; absl and
@@ -23,8 +23,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "distributed", "ops"),
     ("modules",),
     ("models",),
-    ("train",),
     ("eval",),
+    ("train",),
     ("experiments",),
 )
 RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}

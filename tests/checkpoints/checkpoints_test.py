@@ -4,14 +4,20 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import train_binary
+from safetensors.torch import load_file, save_file
 from train_binary import SMALL_MODEL
 
+from flashtrain.train import checkpoint
+
 NEWEST, BEFORE = "step_00000024", "step_00000020"
+RANK_0 = "rank_00000.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -38,26 +44,45 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def flip_a_digit(path: Path) -> None:
+    """Still JSON, with another value."""
+    text = path.read_text()
+    assert '"bad_in_a_row": 0' in text
+    path.write_text(text.replace('"bad_in_a_row": 0', '"bad_in_a_row": 1'))
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
 def test_holds_what_a_run_needs(finished: Path) -> None:
     path = finished / "checkpoints" / NEWEST
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", RANK_0]
     manifest = json.loads((path / "manifest.json").read_text())
-    content = (path / "state.pt").read_bytes()
-    assert manifest["files"]["state.pt"] == {
+    content = (path / RANK_0).read_bytes()
+    assert manifest["files"][RANK_0] == {
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
+        "first_rows": {},
     }
     assert manifest["step"] == 24
     assert manifest["config"]["model"]["d_model"] == 32
+    assert manifest["data"] == {"tokenizer": "bytes", "vocab_size": 256}
     assert {"torch", "python", "flashtrain"} <= manifest["versions"].keys()
-    state = torch.load(path / "state.pt", weights_only=True)
-    assert state.keys() == {"model", "optimizer", "scaler", "rng", "progress"}
-    assert {"python", "numpy", "torch"} <= state["rng"].keys()
-    assert state["progress"]["step"] == 24
-    assert torch.serialization.get_unsafe_globals_in_checkpoint(path / "state.pt") == []
+    assert manifest["state"].keys() == {"progress", "loss_scale", "guard", "rng"}
+    assert {"python", "numpy", "torch"} <= manifest["state"]["rng"].keys()
+    assert manifest["state"]["progress"]["step"] == 24
+    tensors = load_file(path / RANK_0)
+    weights = {n.removeprefix("model.") for n in tensors if n.startswith("model.")}
+    assert "blocks.1.mlp.fc2.weight" in weights
+    assert tensors.keys() == {
+        name
+        for weight in weights
+        for name in (
+            f"model.{weight}",
+            *(f"optimizer.{weight}.{key}" for key in ("exp_avg", "exp_avg_sq", "step")),
+        )
+    }
 
 
 def test_keeps_the_newest(finished: Path) -> None:
@@ -67,9 +92,10 @@ def test_keeps_the_newest(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "reason"),
     [
-        (flip_a_bit, "state.pt", "state.pt has another checksum than was written"),
-        (cut, "state.pt", "state.pt has "),
-        (Path.unlink, "state.pt", "FileNotFoundError"),
+        (flip_a_bit, RANK_0, f"{RANK_0} has another checksum than was written"),
+        (cut, RANK_0, f"{RANK_0} has "),
+        (Path.unlink, RANK_0, "FileNotFoundError"),
+        (flip_a_digit, "manifest.json", "manifest.json has another checksum than was written"),
         (cut, "manifest.json", "JSONDecodeError"),
         (Path.unlink, "manifest.json", "FileNotFoundError"),
     ],
@@ -84,17 +110,12 @@ def test_damaged_newest_is_passed_over(
     assert first.startswith(f"checkpoint {run / 'checkpoints' / NEWEST} is damaged ({reason}")
     assert second.startswith("continuing from step 20")
     assert train_binary.losses(run) == train_binary.losses(finished)
-    # What was damaged is whole again.
-    state, expected = (
-        torch.load(r / "checkpoints" / NEWEST / "state.pt", weights_only=True)
-        for r in (run, finished)
-    )
-    assert all(torch.equal(state["model"][k], v) for k, v in expected["model"].items())
+    train_binary.assert_same_run(run, finished)  # what was damaged is whole again
 
 
 def test_no_whole_checkpoint_is_an_error(flags: tuple[str, ...], run: Path) -> None:
     for name in (NEWEST, BEFORE):
-        flip_a_bit(run / "checkpoints" / name / "state.pt")
+        flip_a_bit(run / "checkpoints" / name / RANK_0)
     before = train_binary.files(run)
     result = train_binary.run(*flags, f"--workdir={run}", cwd=run.parent)
     assert result.returncode == 2
@@ -122,24 +143,25 @@ def test_contradicting_config_is_refused(flags: tuple[str, ...], run: Path) -> N
     assert train_binary.files(run) == before
 
 
-def _replace_state(run: Path, state: object) -> None:
-    """A state that was not saved by the run, with a checksum that fits."""
+def _replace_file(run: Path, write: Callable[[Path], object]) -> None:
+    """A file that was not saved by the run, with checksums that fit."""
     shutil.rmtree(run / "checkpoints" / BEFORE)
     path = run / "checkpoints" / NEWEST
-    torch.save(state, path / "state.pt")
-    content = (path / "state.pt").read_bytes()
+    write(path / RANK_0)
+    content = (path / RANK_0).read_bytes()
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["state.pt"] = {
+    manifest["files"][RANK_0] |= {
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+    manifest["sha256"] = checkpoint.manifest_checksum(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_another_models_weights_are_refused(flags: tuple[str, ...], run: Path) -> None:
-    state = torch.load(run / "checkpoints" / NEWEST / "state.pt", weights_only=True)
-    state["model"]["embedding.tokens.weight"] = torch.zeros(7, 32)
-    _replace_state(run, state)
+    tensors = load_file(run / "checkpoints" / NEWEST / RANK_0)
+    tensors["model.embedding.tokens.weight"] = torch.zeros(7, 32)
+    _replace_file(run, lambda path: save_file(tensors, path))
     before = train_binary.files(run)
     message = train_binary.error_line(*flags, f"--workdir={run}", cwd=run.parent)
     assert message == (
@@ -162,9 +184,9 @@ class _Crafted:
 
 def test_code_in_a_checkpoint_is_not_run(flags: tuple[str, ...], run: Path, tmp_path: Path) -> None:
     witness = tmp_path / "witness"
-    _replace_state(run, {"model": _Crafted(witness)})
+    _replace_file(run, lambda path: torch.save({"model": _Crafted(witness)}, path))
     message = train_binary.error_line(*flags, f"--workdir={run}", cwd=run.parent)
-    assert "holds objects other than tensors and plain data" in message
+    assert f"{RANK_0} is no safetensors file" in message
     assert not witness.exists()
 
 
@@ -174,3 +196,61 @@ def test_longer_training_goes_on(flags: tuple[str, ...], run: Path) -> None:
     )
     assert summary["step"] == 30
     assert sorted(train_binary.losses(run)) == list(range(1, 31))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1.5 MB: room for two checkpoints and the logs, not for three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a disk of its own")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_full_disk(
+    ranks: int, flags: tuple[str, ...], finished: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    """Ends with one line; what was saved stays, and the run goes on when there is room."""
+    ballast = small_disk / "ballast"
+    run = small_disk / "run"
+    ballast.write_bytes(bytes(300_000))
+    arguments = (*flags, f"--config.trainer.devices={ranks}", f"--workdir={run}")
+    result = train_binary.run(*arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: cannot write "), result.stderr
+    assert "No space left on device" in error
+    assert error.endswith("make room and start again with the same --workdir")
+    saved = train_binary.checkpoint_steps(run)
+    assert saved
+    assert saved[-1] < 24
+    ballast.unlink()
+    again = train_binary.run(*arguments, "--config.trainer.keep_checkpoints=1", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing from step {saved[-1]}" in again.stderr
+    if ranks == 1:
+        train_binary.assert_same_run(run, finished)
+    assert sorted(train_binary.losses(run)) == list(range(1, 25))
+
+
+def test_keeps_the_best_and_every_nth(flags: tuple[str, ...], tmp_path: Path) -> None:
+    train_binary.train(
+        *flags,
+        "--config.trainer.eval_every=5",
+        "--config.trainer.keep_checkpoints=1",
+        "--config.trainer.keep_every=10",
+        "--config.trainer.keep_best=2",
+        "--config.optim.lr=0.5",  # so that the loss is not lowest at the end
+        "--config.optim.schedule=constant",
+        "--workdir=run",
+        cwd=tmp_path,
+    )
+    losses = train_binary.losses(tmp_path / "run", "val/loss")
+    best = sorted((5, 10, 15, 20, 24), key=losses.__getitem__)[:2]
+    assert train_binary.checkpoint_steps(tmp_path / "run") == sorted({10, 20, 24, *best})

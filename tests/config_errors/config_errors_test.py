@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,15 @@ from flashtrain.train import launcher
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return train_binary.make_data(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A program that has ended leaves them ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 MISTAKES = [
@@ -33,6 +44,10 @@ MISTAKES = [
         "there is no config file '/nowhere/quickstart'; did you mean 'configs/quickstart.py'?",
     ),
     (["--config=configs/gpt2s.py:plan"], "gpt2s has no variant 'plan'; supported: plain"),
+    (
+        ["--config=configs/gpt3l.py:60b"],
+        "gpt3l has no variant '60b'; supported: 30b, 8k, plain, rotary",
+    ),
     (["--config=configs/gpt_common.py"], "has no function get_config; recipes: configs/"),
     (
         ["--config.trainer.max_step=1"],
@@ -55,6 +70,16 @@ MISTAKES = [
         "config key trainer.precision: 'bf17' is not known; did you mean 'bf16'?",
     ),
     (
+        ["--config.trainer.strategy=fsdp"],
+        "config key trainer.strategy: 'fsdp' is not known; did you mean 'fsdp2'?",
+    ),
+    (["--config.model.family=gtp"], "config key model.family: 'gtp' is not known; did you mean"),
+    (
+        ["--config.trainer.batch_ramp_from=3", "--config.trainer.batch_ramp_steps=5"],
+        "trainer.global_batch_size=8 is not a multiple of trainer.batch_ramp_from=3, by which the "
+        "batch grows; the nearest that are: 6 or 9",
+    ),
+    (
         ["--config.optim.schedule=cosin"],
         "config key optim.schedule: 'cosin' is not known; did you mean 'cosine'?",
     ),
@@ -75,10 +100,13 @@ MISTAKES = [
     ),
     (["--config.model.num_heads=3"], "model.d_model=32 is not a multiple of model.num_heads=3"),
     (["--config.data.path=/nowhere"], "/nowhere"),
-    (["--config.data.path=", "--config.data.source=shakespear"], "data.source='shakespear'"),
     (
-        ["--config.data.path=", "--config.data.source=openwebtext"],
-        "no prepared data for data.source='openwebtext'",
+        ["--config.data.path=", "--config.data.source=shakespear"],
+        "dataset 'shakespear' is unknown; did you mean 'shakespeare'?",
+    ),
+    (
+        ["--config.data.path=", "--config.data.source="],
+        "neither data.path nor data.source is set; set one of them",
     ),
     (["--workdir=/proc/run"], "cannot write to the run folder /proc/run: "),
 ]

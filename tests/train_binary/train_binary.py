@@ -4,8 +4,10 @@ Under Bazel the program is //experiments:train out of the runfiles; elsewhere ex
 with this Python.
 """
 
+import fcntl
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from flashtrain.data.token_files import write_token_files
+from flashtrain.train import checkpoint
 
 TIMEOUT_SECONDS = 240
 
@@ -41,7 +45,8 @@ SMALL_MODEL = (
     "--config.trainer.eval_every=10",
     "--config.trainer.save_every=5",
     "--config.trainer.sample_tokens=8",
-    "--config.trainer.device=cpu",
+    f"--config.trainer.device={os.environ.get('FLASHTRAIN_TEST_DEVICE', 'cpu')}",
+    "--config.trainer.deterministic=true",  # on a GPU; a CPU always is
 )
 
 
@@ -75,17 +80,87 @@ def run(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
     )
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """Starts the program; the caller ends it. Its output goes to `<cwd>/output.txt`."""
-    with open(cwd / "output.txt", "a", encoding="utf-8") as output:
-        return subprocess.Popen(
+class HeldRun:
+    """The program in a process that goes on only while its output is read.
+
+    So a test knows how far the run is, however busy the machine and quick the run: it writes stdout
+    and stderr into a pipe that holds a single unread piece, and waits in the next. When a line has
+    been read, the run is at most in the second one after it; what it does in the background goes
+    on. Use as a context manager, which ends the process.
+    """
+
+    def __init__(self, *arguments: str, cwd: Path, **env: str):
+        self._reader, writer = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)  # every write is a piece
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1)  # the least, which is room for one
+        self.process = subprocess.Popen(
             [*command(), *arguments],
             cwd=cwd,
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
+            env=environment(**env),
+            stdout=writer,
+            stderr=writer,
         )
+        os.close(writer)
+        self.output = ""  # what has been read
+        self._unfinished = b""  # a line of it
+
+    def __enter__(self) -> "HeldRun":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.close_output()
+
+    def read_until(self, text: str) -> None:
+        """Reads up to the line that holds `text`."""
+        while (line := self._read_line(TIMEOUT_SECONDS)) is not None:
+            if text in line:
+                return
+        raise AssertionError(f"ended before {text!r}:\n{self.output}")
+
+    def read_for(self, seconds: float, lines: int) -> None:
+        """Reads what comes in that time, but no more lines than that."""
+        deadline = time.monotonic() + seconds
+        for _ in range(lines):
+            try:
+                line = self._read_line(deadline - time.monotonic())
+            except TimeoutError:
+                return
+            assert line is not None, self.output
+
+    def read_to_end(self) -> int:
+        """Reads until the process and all that it has started have ended; its exit code."""
+        while self._read_line(TIMEOUT_SECONDS) is not None:
+            pass
+        return self.process.wait(TIMEOUT_SECONDS)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Polls, reading nothing, until what the run does in the background makes it true."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not condition():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.001)
+
+    def close_output(self) -> None:
+        """Nobody will read any more."""
+        if self._reader >= 0:
+            os.close(self._reader)
+            self._reader = -1
+
+    def _read_line(self, seconds: float) -> str | None:
+        """The next line, None at the end; TimeoutError if none comes in that time."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._unfinished:
+            if not select.select([self._reader], [], [], max(0, deadline - time.monotonic()))[0]:
+                raise TimeoutError(f"nothing for {seconds:.3f} seconds after:\n{self.output}")
+            piece = os.read(self._reader, select.PIPE_BUF)
+            if not piece:
+                return None
+            self._unfinished += piece
+        line, _, self._unfinished = self._unfinished.partition(b"\n")
+        self.output += line.decode(errors="replace") + "\n"
+        return line.decode(errors="replace")
 
 
 def train(*arguments: str, cwd: Path, **env: str) -> dict[str, Any]:
@@ -116,6 +191,25 @@ def losses(workdir: Path, name: str = "train/loss") -> dict[int, float]:
     return by_step
 
 
+def tensors(workdir: Path, step: int) -> dict[str, torch.Tensor]:
+    """What a checkpoint of a run holds, whole tensors by name."""
+    reader = checkpoint.Reader(checkpoint.read(checkpoint.path_of(workdir / "checkpoints", step)))
+    return {name: reader.read(name) for name in reader.names("")}
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Both have ended at the same step, bit for bit the same."""
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        assert losses(run, name) == losses(other, name), name
+    summary, expected = (json.loads((r / "summary.json").read_text()) for r in (run, other))
+    for key in ("step", "tokens", "train/loss", "val/loss", "skipped_steps"):
+        assert summary[key] == expected[key], key
+    saved, expected_tensors = (tensors(r, expected["step"]) for r in (run, other))
+    assert saved.keys() == expected_tensors.keys()
+    for name, tensor in expected_tensors.items():
+        assert torch.equal(saved[name], tensor), name
+
+
 def make_data(folder: Path) -> str:
     """Writes a small prepared dataset; returns the flag that selects it."""
     words = [b"to be", b"or not", b"a king", b"a queen", b"the", b"rose", b"thou art"]
@@ -135,15 +229,6 @@ def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder and what it holds, but for the lock."""
     paths = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(paths)}
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
-    """Polls every millisecond while the process runs; whether the condition came true."""
-    while process.poll() is None:
-        if condition():
-            return True
-        time.sleep(0.001)
-    return False
 
 
 def checkpoint_steps(workdir: Path) -> Sequence[int]:
