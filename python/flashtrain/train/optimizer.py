@@ -1,6 +1,6 @@
 """AdamW with the recipes' parameter groups, whose steps the device can skip, and state by name."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,10 @@ class Optimizer:
                 del self._inner.grad_scale, self._inner.found_inf
         for shard in self._shards:
             shard.drop_gradient()
+
+    def when_updated(self, act: Callable[[], None]) -> None:
+        """Has `act` called in each step after the update, before zero1 sends the weights."""
+        self._inner.register_step_post_hook(lambda *_: act())
 
     def state(self, shard: Shard) -> dict[str, Tensor]:
         """Moments and step count of one of the owned shards; empty before the first step."""

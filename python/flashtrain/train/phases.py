@@ -2,9 +2,12 @@
 
 import time
 
-import torch
+from typing import Any
 
-PHASES = ("data", "forward_backward", "optimizer")
+import torch
+from torch import Tensor
+
+PHASES = ("data", "forward_backward", "communication", "optimizer")
 
 
 class PhaseTimer:
@@ -13,8 +16,9 @@ class PhaseTimer:
         timer.start()
         batch = loader.next()
         timer.mark("data")              # waiting for the batch
-        ...backward()
-        timer.mark("forward_backward")  # with the gradients' sum over ranks, which overlaps it
+        timer.mark_in_backward(loss, "forward_backward")
+        loss.backward()
+        timer.mark("communication")     # what of the gradients' sum over ranks was not overlapped
         optimizer.step()
         timer.mark("optimizer")
 
@@ -38,6 +42,15 @@ class PhaseTimer:
             self._totals[phase] += self._last - begin
         else:
             self._pending.append((phase, begin, self._last))
+
+    def mark_in_backward(self, loss: Tensor, phase: str) -> None:
+        """Marks `phase` when `loss.backward()` has computed all gradients of this rank.
+
+        DDP and FSDP2 let autograd call back at its end to wait for what they send; callbacks run in
+        the order in which they were queued, and the loss's is queued before any other.
+        """
+        engine: Any = torch.autograd.Variable._execution_engine
+        loss.register_hook(lambda _: engine.queue_callback(lambda: self.mark(phase)))
 
     def lap(self) -> dict[str, float]:
         """Each phase's share of the time since the last lap, in [0, 1]; {} if there was none."""

@@ -44,6 +44,7 @@ class TrainStep:
         self._guard = guard
         self._ema = ema
         self._timer = timer or PhaseTimer(world.device)
+        optimizer.when_updated(lambda: self._timer.mark("optimizer"))
 
     def __call__(self, step: int, batch: Sequence[Tensor], asked_to_stop: bool) -> Tensor:
         """Does 0-based `step`; leaves weights and moments as they were if the guard says so.
@@ -58,7 +59,6 @@ class TrainStep:
         """
         trainer = self._config.trainer
         losses = self._accumulate_gradients(step, batch)
-        self._timer.mark("forward_backward")
         scale = self._precision.loss_scale.scale
         norm = self._strategy.norm_over_ranks(self._optimizer.gradient_norm()) / scale
         stop = torch.full_like(losses[:1], float(asked_to_stop))
@@ -70,6 +70,7 @@ class TrainStep:
             clip = ((norm + _CLIP_EPS) / trainer.grad_clip).clamp(min=1)
         lr = learning_rate(step, self._config.optim, trainer.max_steps)
         self._optimizer.step(lr, scale * clip, skip)
+        self._timer.mark("communication")  # of zero1: the weights that other ranks updated
         if self._ema is not None:
             self._ema.update()
         values = torch.cat([torch.stack([loss, norm, skip.float(), scale]), shared])
@@ -92,6 +93,10 @@ class TrainStep:
             with self._strategy.micro_batch(last=i + 1 == cut.accumulation):
                 with self._precision.autocast():
                     loss = self._strategy.forward(*micro_batch)
-                (loss * (scale / cut.accumulation)).backward()
+                scaled = loss * (scale / cut.accumulation)
+                if i + 1 == cut.accumulation:
+                    self._timer.mark_in_backward(scaled, "forward_backward")
+                scaled.backward()
             losses[first + i] = loss.detach()
+        self._timer.mark("communication")
         return losses
