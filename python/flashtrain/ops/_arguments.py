@@ -1,4 +1,4 @@
-"""Types of arguments, checked from the annotations of a function: the errors that all ops share."""
+"""Checks of arguments, and their errors, that all ops share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,18 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT_DTYPE_NAMES = ", ".join(map(str, FLOAT_DTYPES))
 _LARGEST_INT = 2**63 - 1
 _PLAIN = frozenset((bool, float, str, tuple, types.NoneType, torch.dtype))
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """ValueError unless a tensor has a dtype of `FLOAT_DTYPES` and a device that ops run on."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name}: got dtype {tensor.dtype}; supported: {FLOAT_DTYPE_NAMES}")
+    if not (tensor.is_cuda or tensor.is_cpu or tensor.is_meta):
+        raise ValueError(f"{name}: is on {tensor.device}; supported: cpu, cuda")
 
 
 def _classes(hint: Any) -> tuple[type, ...]:

@@ -11,10 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtrain.ops._arguments import FLOAT_DTYPE_NAMES, FLOAT_DTYPES, check_float
 from flashtrain.ops._layer_norm_ops import DropoutAddNorm, Norm
-
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_FLOAT_NAMES = ", ".join(map(str, FLOAT_DTYPES))
 
 
 class NormOptions(NamedTuple):
@@ -46,14 +44,11 @@ class Checks:
                 f"{options.epsilon_name}: got {options.epsilon}; supported: at least 0"
             )
         if options.z_dtype is not None and options.z_dtype not in FLOAT_DTYPES:
-            raise ValueError(f"out_dtype: got {options.z_dtype}; supported: {_FLOAT_NAMES}")
+            raise ValueError(f"out_dtype: got {options.z_dtype}; supported: {FLOAT_DTYPE_NAMES}")
 
     def _check_x0(self) -> None:
         x0, name = self.x0, self.name
-        if x0.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{name}: got dtype {x0.dtype}; supported: {_FLOAT_NAMES}")
-        if not (x0.is_cuda or x0.is_cpu or x0.is_meta):
-            raise ValueError(f"{name}: is on {x0.device}; supported: cpu, cuda")
+        check_float(name, x0)
         if x0.dim() == 0 or x0.shape[-1] == 0:
             raise ValueError(
                 f"{name}: got shape {list(x0.shape)}; supported: [..., D] with D, the size that is "

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from flashtrain import _kernels
-from flashtrain.ops._arguments import checked
+from flashtrain.ops._arguments import FLOAT_DTYPE_NAMES, FLOAT_DTYPES, checked
 from flashtrain.ops._library import launch_context, to_kernel
 
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOW_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -33,9 +32,8 @@ def _to_kernel(tensors: list[Any]) -> list[Any]:
 def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}; supported: a tensor")
-    if tensor.dtype not in _FLOAT_DTYPES:
-        supported = ", ".join(map(str, _FLOAT_DTYPES))
-        raise ValueError(f"{name}: got dtype {tensor.dtype}; supported: {supported}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name}: got dtype {tensor.dtype}; supported: {FLOAT_DTYPE_NAMES}")
     if not (tensor.is_cuda or tensor.is_cpu) or tensor.layout is not torch.strided:
         raise ValueError(
             f"{name}: got a {tensor.layout} tensor on {tensor.device}; supported: dense, on cpu or "

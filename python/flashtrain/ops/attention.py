@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops import _attention_backends as backends
-from flashtrain.ops._arguments import checked
+from flashtrain.ops._arguments import check_float, checked
 from flashtrain.ops._attention_ops import Attention
 from flashtrain.ops._attention_peers import PEERS, Call
 
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INSTALLED = backends.installed()
 _TIMES = backends.read_times()
-
 _CHOICES: dict[tuple[backends.Request, str | None], str] = {}
 
 Output: TypeAlias = Any  # a Tensor; with return_attn_probs (out, lse, probabilities)
@@ -33,17 +31,9 @@ Output: TypeAlias = Any  # a Tensor; with return_attn_probs (out, lse, probabili
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def _check_kind(name: str, x: Tensor) -> None:
-    if x.dtype not in _FLOAT_DTYPES:
-        supported = ", ".join(map(str, _FLOAT_DTYPES))
-        raise ValueError(f"{name}: got dtype {x.dtype}; supported: {supported}")
-    if not (x.is_cuda or x.is_cpu or x.is_meta):
-        raise ValueError(f"{name}: is on {x.device}; supported: cpu, cuda")
-
-
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
     layout = "[total, heads, D]" if varlen else "[B, seqlen, heads, D]"
-    _check_kind("q", q)
+    check_float("q", q)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != (3 if varlen else 4):
             raise ValueError(f"{name}: got shape {list(tensor.shape)}; supported: {layout}")
@@ -335,7 +325,7 @@ def flash_attn_qkvpacked_func(
     backend: str | None = None,
 ) -> Output:
     """`flash_attn_func` with q, k and v in one tensor, qkv [B, S, 3, H, D], read in place."""
-    _check_kind("qkv", qkv)
+    check_float("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
         raise ValueError(
             f"qkv: got shape {list(qkv.shape)}; supported: [B, S, 3, H, D], H and D at least 1"

@@ -19,10 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashtrain.ops._arguments import checked
+from flashtrain.ops._arguments import check_float, checked
 from flashtrain.ops._cross_entropy_ops import CrossEntropy, Options
 
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LABEL_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -43,13 +42,9 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: got {reduction!r}; supported: {', '.join(REDUCTIONS)}")
 
 
-def check_float(name: str, tensor: Tensor) -> None:
+def check_matrix(name: str, tensor: Tensor) -> None:
     """A matrix of floating-point numbers on a supported device."""
-    if tensor.dtype not in _FLOAT_DTYPES:
-        supported = ", ".join(map(str, _FLOAT_DTYPES))
-        raise ValueError(f"{name}: got dtype {tensor.dtype}; supported: {supported}")
-    if not (tensor.is_cuda or tensor.is_cpu or tensor.is_meta):
-        raise ValueError(f"{name}: is on {tensor.device}; supported: cpu, cuda")
+    check_float(name, tensor)
     if tensor.dim() == 0 or tensor.shape[-1] == 0:
         raise ValueError(
             f"{name}: got shape {list(tensor.shape)}; supported: at least one dimension, and the "
@@ -130,7 +125,7 @@ def cross_entropy_loss(
         FLASHTRAIN_CHECK_LABELS=1 in the environment each call waits and raises.
       RuntimeError: the device reported an error.
     """
-    check_float("logits", logits)
+    check_matrix("logits", logits)
     check_labels_fit(labels, logits)
     check_options(label_smoothing, logit_scale, lse_square_scale)
     if precomputed_lse is not None:

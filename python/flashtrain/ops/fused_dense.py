@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from flashtrain.ops import _dense_products as products
-from flashtrain.ops._arguments import checked
+from flashtrain.ops._arguments import check_float, checked
 from flashtrain.ops._fused_dense_ops import (
     KEEP_ALL,
     KEEP_NOTHING,
@@ -34,7 +34,6 @@ from flashtrain.ops._fused_dense_ops import (
     fused_dense_forward,
 )
 
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {
     "gelu_approx": products.GELU_APPROX,
     "relu": products.RELU,
@@ -43,11 +42,7 @@ ACTIVATIONS = {
 
 
 def _check_x(x: Tensor) -> None:
-    if x.dtype not in _FLOAT_DTYPES:
-        supported = ", ".join(map(str, _FLOAT_DTYPES))
-        raise ValueError(f"x: got dtype {x.dtype}; supported: {supported}")
-    if not (x.is_cuda or x.is_cpu or x.is_meta):
-        raise ValueError(f"x: is on {x.device}; supported: cpu, cuda")
+    check_float("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: got shape {list(x.shape)}; supported: [..., I] with I at least 1")
 

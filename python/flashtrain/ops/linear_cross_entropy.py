@@ -25,7 +25,7 @@ from flashtrain.ops._linear_cross_entropy_ops import (
     linear_cross_entropy_forward,
 )
 from flashtrain.ops.cross_entropy import (
-    check_float,
+    check_matrix,
     check_labels_fit,
     check_options,
     check_reduction,
@@ -89,7 +89,7 @@ def linear_cross_entropy(
         `cross_entropy_loss`.
       RuntimeError: the device reported an error.
     """
-    check_float("hidden", hidden)
+    check_matrix("hidden", hidden)
     check_labels_fit(labels, hidden)
     check_options(label_smoothing, logit_scale, lse_square_scale)
     check_reduction(reduction)

@@ -16,11 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashtrain.ops._arguments import checked
+from flashtrain.ops._arguments import check_float, checked
 from flashtrain.ops._rotary_ops import Rotary
 from flashtrain.ops.rotary_scaling import RotaryScaling
 
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -28,11 +27,7 @@ _INDEX_DTYPES = (torch.int32, torch.int64)
 
 def _check_x(name: str, x: Tensor, shapes: dict[int, str]) -> None:
     """`shapes`: what is supported, by number of dimensions."""
-    if x.dtype not in _FLOAT_DTYPES:
-        supported = ", ".join(map(str, _FLOAT_DTYPES))
-        raise ValueError(f"{name}: got dtype {x.dtype}; supported: {supported}")
-    if not (x.is_cuda or x.is_cpu or x.is_meta):
-        raise ValueError(f"{name}: is on {x.device}; supported: cpu, cuda")
+    check_float(name, x)
     if x.dim() not in shapes:
         supported = ", ".join(shapes.values())
         raise ValueError(f"{name}: got shape {list(x.shape)}; supported: {supported}")

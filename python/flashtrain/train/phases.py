@@ -1,7 +1,6 @@
 """Where the time of a step goes, without making the host wait for the device."""
 
 import time
-
 from typing import Any
 
 import torch
