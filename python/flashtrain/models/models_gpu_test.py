@@ -26,17 +26,19 @@ GPT_OPTIONS: dict[str, dict[str, Any]] = {
 NAMES = [*GPT_OPTIONS, "documents", "vit"]
 
 
-def build(name: str, fused: bool = True) -> nn.Module:
+def build(name: str, fused: bool = True, num_layers: int = 3) -> nn.Module:
     """A model with random weights, biases and norms."""
     torch.manual_seed(0)
     with DEVICE:
         if name == "vit":
             shape: Any = {"image_size": 64, "patch_size": 8, "num_channels": 3, "num_classes": 10}
-            sizes: Any = {"num_layers": 3, "d_model": 256, "num_heads": 4, "layer_scale": 0.5}
+            sizes: Any = {"num_layers": num_layers, "d_model": 256, "num_heads": 4}
+            sizes["layer_scale"] = 0.5
             model: nn.Module = ViT(ViTConfig(**shape, **sizes, fused=fused))
         else:
             options = GPT_OPTIONS.get(name, GPT_OPTIONS["rotary"])
-            sizes = {"num_layers": 3, "d_model": 256, "num_heads": 4, "max_seq_len": 256}
+            sizes = {"num_layers": num_layers, "d_model": 256, "num_heads": 4}
+            sizes["max_seq_len"] = 256
             model = GPT(GPTConfig(vocab_size=1000, **sizes, **options, fused=fused))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -110,7 +112,8 @@ def test_forward_and_backward_are_captured_in_a_graph(name):
 
 @pytest.mark.parametrize("name", ["gpt", "parallel", "documents", "vit"])
 def test_compiles_without_graph_breaks(name):
-    model, batch = build(name), batch_of(name)
+    """With as many blocks as show whether the time to compile grows by a factor with each."""
+    model, batch = build(name, num_layers=6), batch_of(name)
     expected_loss, expected = loss_and_gradients(model, model, batch, autocast=True)
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     loss, gradients = loss_and_gradients(model, compiled, batch, autocast=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +28,29 @@ def register(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for dispatch_key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, kernel, dispatch_key)
-    torch.library.register_fake(f"flashtrain::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.flashtrain, name).default
+    op: torch._ops.OpOverload = getattr(torch.ops.flashtrain, name).default
+
+    @functools.wraps(fake)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        _tell_inductor(op)
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"flashtrain::{name}", traced, lib=_LIBRARY)
+    return op
+
+
+def _tell_inductor(op: torch._ops.OpOverload) -> None:
+    """That `op` is called as it is, before it finds so itself and registers the same.
+
+    Before it does, torch 2.11 writes out for a log what all arguments are computed from, each as
+    often as there are ways to it: with a GPT of 12 blocks it never ends. The fakes of a graph run
+    before the graph is lowered.
+    """
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
+    if torch.__version__ >= (2, 13) or lowering is None or op in lowering.lowerings:
+        return
+    tag = lowering.get_layout_constraint_tag(op, with_default=True)
+    lowering.make_fallback(op, lowering.tag_to_layout_constraint(tag), warn=False)
 
 
 # Arguments of which nothing but the op itself makes anything; a FakeTensor or DTensor is none.

@@ -152,6 +152,15 @@ def _choose(request: backends.Request, forced: str | None) -> str:
     return _CHOICES[request, forced]
 
 
+def _vectors(x: Tensor) -> Tensor:
+    """x, or a copy if kernels that read 16 bytes at a time, as the peers' do, could not read it."""
+    step = 16 // x.element_size()
+    *outer, inner = x.stride()
+    if inner == 1 and not any(distance % step for distance in (*outer, x.storage_offset())):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _native(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Our own kernels: (out, lse, rng_state)."""
     rng_state = None
@@ -226,7 +235,7 @@ def _attention(
         return _native(q, k, v, call)[0]
     chosen = _choose(_request(q, k, v, call), backend)
     if chosen in PEERS:
-        return PEERS[chosen](q, k, v, call)
+        return PEERS[chosen](_vectors(q), _vectors(k), _vectors(v), call)
     return _native(q, k, v, call)[0]
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashtrain.ops import _attention_backends as backends
@@ -186,6 +188,34 @@ def test_every_backend_here(backend: str, case: Case) -> None:
     except ValueError as error:
         pytest.skip(str(error))
     check(case)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "inner_stride": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "odd_stride": lambda x: F.pad(x, (0, 1))[..., :-1],
+    "odd_offset": lambda x: F.pad(x.flatten(), (1, 0))[1:].view(x.shape),
+    "one_head_for_all": lambda x: x[:, :, :1].expand(x.shape),
+}
+
+
+@cuda_only
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_every_backend_takes_any_strides(backend: str, layout: str) -> None:
+    if backend not in backends.installed():
+        pytest.skip(f"{backend} is not installed")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 150, 4, 64, device=DEVICE, dtype=BF16)
+    found = []
+    for copied in (True, False):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        strided = [LAYOUTS[layout](x) for x in leaves]
+        if copied:
+            strided = [x.clone(memory_format=torch.contiguous_format) for x in strided]
+        out = attn.flash_attn_func(*strided, causal=True, backend=backend)
+        found.append((out, *torch.autograd.grad(out.sum(), leaves)))  # of one element for all
+    for contiguous, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, contiguous, rtol=2e-2, atol=2e-2)
 
 
 @cuda_only
