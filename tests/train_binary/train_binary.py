@@ -63,7 +63,8 @@ def environment(**changes: str) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k != "BUILD_WORKING_DIRECTORY"}
     env["OMP_NUM_THREADS"] = "1"  # quicker for small models, and the same on every machine
     if "TEST_SRCDIR" not in os.environ:
-        env["PYTHONPATH"] = f"{_repository() / 'python'}{os.pathsep}{_repository()}"
+        paths = (str(_repository() / "python"), str(_repository()), env.get("PYTHONPATH", ""))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return env | changes
 
 

@@ -212,7 +212,7 @@ def test_every_backend_takes_any_strides(backend: str, layout: str) -> None:
         strided = [LAYOUTS[layout](x) for x in leaves]
         if copied:
             strided = [x.clone(memory_format=torch.contiguous_format) for x in strided]
-        out = attn.flash_attn_func(*strided, causal=True, backend=backend)
+        out = attn.flash_attn_func(strided[0], strided[1], strided[2], causal=True, backend=backend)
         found.append((out, *torch.autograd.grad(out.sum(), leaves)))  # of one element for all
     for contiguous, other in zip(*found, strict=True):
         torch.testing.assert_close(other, contiguous, rtol=2e-2, atol=2e-2)

@@ -3,6 +3,7 @@
 import pytest
 
 from flashtrain.testing import fuzz
+from flashtrain.testing.devices import DEVICE
 
 OPS = (
     "adamw",
@@ -19,5 +20,7 @@ SEED = 20261124
 
 @pytest.mark.parametrize("op", OPS)
 def test_random_calls(op: str) -> None:
+    # On CUDA most calls of attention compile Triton kernels of their own.
+    calls = 500 if op == "attention" and DEVICE.type == "cuda" else CALLS
     # A minute alone on a machine; ten for a crowded one.
-    print(fuzz.run_in_process(f"flashtrain.ops.{op}_fuzz", SEED, CALLS, timeout=600))
+    print(fuzz.run_in_process(f"flashtrain.ops.{op}_fuzz", SEED, calls, timeout=600))

@@ -15,7 +15,7 @@ from flashtrain.testing.devices import DEVICE
 from flashtrain.testing.fuzz import FLOATS, Call, Expected, spoiled, tensor
 
 
-class _Unread(Exception):
+class _UnreadError(Exception):
     """Numbers in tensors that only a CPU looks at: on a GPU they may give any angle, or NaN."""
 
 
@@ -34,7 +34,7 @@ def _positions(a: dict[str, Any], x: Tensor) -> Tensor:
     positions = torch.full(x.shape[:1], -1, device=x.device)
     bounds = cu_seqlens.tolist()
     if bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] > x.shape[0]:
-        raise _Unread("cu_seqlens")
+        raise _UnreadError("cu_seqlens")
     for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
         first = int(offsets[i]) if isinstance(offsets, Tensor) else offsets
         positions[begin:end] = torch.arange(end - begin, device=x.device) + first
@@ -46,7 +46,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, a: dict[str, Any]) -> Tensor:
     positions = _positions(a, x)
     assert cos.shape == sin.shape
     if positions.numel() and not -1 <= positions.min() <= positions.max() < cos.shape[0]:
-        raise _Unread("positions")
+        raise _UnreadError("positions")
     if cos.shape[0] == 0 or positions.numel() == 0:
         return x.double()
     turned = reference_rotary(
@@ -68,7 +68,7 @@ class _Reference:
         dtype = self.dtype if x.dtype == torch.float64 else x.dtype
         try:
             return [Expected(self._expected(a, x), dtype)]
-        except _Unread:
+        except _UnreadError:
             if not x.is_cuda:
                 raise
             return [Expected(x.to("meta"), dtype)]

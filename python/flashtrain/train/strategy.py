@@ -167,6 +167,11 @@ def _fully_shard(config: RunConfig, world: World, model: nn.Module) -> nn.Module
             cast_forward_inputs=False,  # autocast does, and leaves an fp32 residual stream alone
         ),
     }
+    if config.trainer.compile:
+        # Blocks that differ in a number (scale_attn_by_inverse_layer_idx) are compiled anew, with
+        # and without gradients and for a last, smaller batch; beyond the limit, they are not.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(model.blocks))
     for block in model.blocks:
         if config.trainer.compile:
             block.compile(dynamic=False)
