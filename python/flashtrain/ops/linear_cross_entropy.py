@@ -25,8 +25,8 @@ from flashtrain.ops._linear_cross_entropy_ops import (
     linear_cross_entropy_forward,
 )
 from flashtrain.ops.cross_entropy import (
-    check_matrix,
     check_labels_fit,
+    check_matrix,
     check_options,
     check_reduction,
     num_classes_of,
