@@ -1,4 +1,4 @@
-"""10,000 random calls of each op: an error that names an argument, or the right answer."""
+"""Thousands of random calls of each op: an error that names an argument, or the right answer."""
 
 import pytest
 

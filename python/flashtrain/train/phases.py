@@ -28,7 +28,7 @@ class PhaseTimer:
         self._on_gpu = device.type == "cuda"
         self._totals = dict.fromkeys(PHASES, 0.0)
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._last: torch.cuda.Event | float = 0.0
+        self._last: torch.cuda.Event | float = self._now()
 
     def start(self) -> None:
         """The first phase of a step begins."""
