@@ -110,7 +110,7 @@ def test_forward_and_backward_are_captured_in_a_graph(name):
         assert (parameter.grad.double() - gradient).abs().max() <= 2e-2 * scale + 1e-6
 
 
-@pytest.mark.parametrize("name", ["gpt", "parallel", "documents", "vit"])
+@pytest.mark.parametrize("name", NAMES)
 def test_compiles_without_graph_breaks(name):
     """With as many blocks as show whether the time to compile grows by a factor with each."""
     model, batch = build(name, num_layers=6), batch_of(name)

@@ -152,6 +152,7 @@ def _choose(request: backends.Request, forced: str | None) -> str:
     return _CHOICES[request, forced]
 
 
+@torch.compiler.allow_in_graph  # Dynamo cannot trace storage_offset; what comes after it can
 def _vectors(x: Tensor) -> Tensor:
     """x, or a copy if kernels that read 16 bytes at a time, as the peers' do, could not read it."""
     step = 16 // x.element_size()

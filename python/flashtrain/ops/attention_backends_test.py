@@ -218,6 +218,26 @@ def test_every_backend_takes_any_strides(backend: str, layout: str) -> None:
         torch.testing.assert_close(other, contiguous, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_copies_for_peers_are_traced(dynamic: bool) -> None:
+    """torch.compile sees no storage offset where it meets it in Python."""
+    torch._dynamo.reset()
+
+    def model(x: Tensor, first: int) -> tuple[Tensor, tuple[int, ...]]:
+        vectors = attn._vectors(x[..., first : first + 8])
+        return vectors * 2, vectors.stride()
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (3, 5):
+        x = torch.randn(rows, 4, 32, dtype=BF16, requires_grad=True)
+        for first in (0, 1, 8, 9):
+            out, stride = compiled(x, first)
+            assert torch.equal(out, x[..., first : first + 8] * 2)
+            assert stride == ((32, 8, 1) if first % 8 else (128, 32, 1))
+            (gradient,) = torch.autograd.grad(out.sum(), x)
+            assert gradient.sum() == 2 * rows * 4 * 8
+
+
 @cuda_only
 @pytest.mark.parametrize("backend", ["cudnn", "torch_flash"])
 def test_dropout_of_torch(backend: str) -> None:

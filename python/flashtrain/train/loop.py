@@ -219,6 +219,8 @@ class Trainer:
             evaluate = _is_due(progress.step, trainer.eval_every) and not last
             save = _is_due(progress.step, trainer.save_every) and not last
             bench = bool(self.benchmarks) and _is_due(progress.step, trainer.benchmark_every)
+            if not self.stopwatch.running and (trouble := self.strategy.compile_trouble()):
+                self.log.note(trouble)
             # A process's first step compiles and allocates: it is waited for and not timed.
             if evaluate or bench or save or last or self.stop or not self.stopwatch.running:
                 self._record(self.delayed.flush())

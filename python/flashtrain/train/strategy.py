@@ -95,6 +95,18 @@ class Strategy:
             self.evaluate = compiled
             self.forward = _replicate(config, world, compiled, accumulates)
         self.shards = _shards(model, world if self.lockstep else None)
+        self._compiles = config.trainer.compile
+
+    def compile_trouble(self) -> str:
+        """What keeps torch.compile from compiling all of the model so far; "" if nothing does."""
+        if not self._compiles:
+            return ""
+        from torch._dynamo.utils import counters
+
+        reasons = [" ".join(reason.split()) for reason in counters["graph_break"]]
+        if not reasons:
+            return ""
+        return f"torch.compile leaves parts of the model out, which costs speed: {reasons[0]}"
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of a micro batch: ranks sum gradients in the `last` one."""
