@@ -25,6 +25,12 @@ struct WarpGroup {
         index(static_cast<int>(threadIdx.x) / (32 * warps_per_group)),
         thread(static_cast<int>(threadIdx.x) % (32 * warps_per_group)) {}
 
+  // Of a CTA of (threads of a group, groups) threads: without a division before the first load.
+  __device__ __forceinline__ WarpGroup()
+      : warps(static_cast<int>(blockDim.x) / 32),
+        index(static_cast<int>(threadIdx.y)),
+        thread(static_cast<int>(threadIdx.x)) {}
+
   __device__ __forceinline__ int size() const { return 32 * warps; }
 
   // `shared`: kMaxWarps floats of shared memory of this group's own. It may be used again by a call

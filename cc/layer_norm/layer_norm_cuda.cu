@@ -154,7 +154,7 @@ int GeneralCtas(int64_t rows, const DeviceLimits& device) {
 template <int kN, bool kLean>
 constexpr int MaxForwardThreads(int vecs) {
   return vecs == 2   ? ForwardTile<2, kN, kLean>::kMaxThreads
-         : vecs == 3 ? (kLean ? 0 : ForwardTile<3, kN, kLean>::kMaxThreads)
+         : vecs == 3 ? ForwardTile<3, kN, kLean>::kMaxThreads
                      : ForwardTile<4, kN, kLean>::kMaxThreads;
 }
 
@@ -165,10 +165,10 @@ int MaxForwardWarps(int n, bool lean, int vecs) {
   return threads / 32;
 }
 
-// The kernel that leaves the fewest threads without a vector, the narrowest of equals, and about
-// 128 threads a CTA. False: none is wide enough, or the grid would be too large.
+// The kernel that leaves the fewest threads without a vector, the narrowest of equals, and about 64
+// threads a CTA. False: none is wide enough, or the grid would be too large.
 bool FindForwardTile(const LayerNormForwardParams& p, int n, LayerNormTile* tile) {
-  constexpr int kThreads = 128;
+  constexpr int kThreads = 64;
   tile->lean = IsUnscaled(p) && p.dropout_mask == nullptr && p.z_dtype == p.x0_dtype;
   const int64_t vectors = p.cols / n;
   int64_t fewest_idle = 0;

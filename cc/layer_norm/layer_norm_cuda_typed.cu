@@ -27,8 +27,15 @@ cudaError_t AllowSharedMemory(int bytes) {
   return error;
 }
 
-template <auto kKernel, typename Params>
-int Launch(const Params& p, const LayerNormTile& tile, void* stream) {
+template <auto kKernel>
+int LaunchForward(const LayerNormForwardParams& p, const LayerNormTile& tile, void* stream) {
+  const dim3 cta(32 * tile.warps, tile.groups);
+  kKernel<<<tile.ctas, cta, 0, static_cast<cudaStream_t>(stream)>>>(p, tile);
+  return cudaGetLastError();
+}
+
+template <auto kKernel>
+int LaunchBackward(const LayerNormBackwardParams& p, const LayerNormTile& tile, void* stream) {
   const cudaError_t error = AllowSharedMemory<kKernel>(tile.shared_bytes);
   if (error != cudaSuccess) return error;
   const int threads = 32 * tile.warps * tile.groups;
@@ -40,14 +47,11 @@ template <bool kLean>
 int Forward(const LayerNormForwardParams& p, const LayerNormTile& tile, void* stream) {
   switch (tile.vecs) {
     case 2:
-      return Launch<layer_norm_forward_kernel<A, B, 2, kLean>>(p, tile, stream);
+      return LaunchForward<layer_norm_forward_kernel<A, B, 2, kLean>>(p, tile, stream);
     case 3:
-      if constexpr (!kLean) {
-        return Launch<layer_norm_forward_kernel<A, B, 3, kLean>>(p, tile, stream);
-      }
-      return cudaErrorInvalidConfiguration;
+      return LaunchForward<layer_norm_forward_kernel<A, B, 3, kLean>>(p, tile, stream);
     case 4:
-      return Launch<layer_norm_forward_kernel<A, B, 4, kLean>>(p, tile, stream);
+      return LaunchForward<layer_norm_forward_kernel<A, B, 4, kLean>>(p, tile, stream);
     default:
       return cudaErrorInvalidConfiguration;
   }
@@ -57,11 +61,11 @@ template <bool kLean>
 int Backward(const LayerNormBackwardParams& p, const LayerNormTile& tile, void* stream) {
   switch (tile.vecs) {
     case 1:
-      return Launch<layer_norm_backward_kernel<A, B, 1, kLean>>(p, tile, stream);
+      return LaunchBackward<layer_norm_backward_kernel<A, B, 1, kLean>>(p, tile, stream);
     case 2:
-      return Launch<layer_norm_backward_kernel<A, B, 2, kLean>>(p, tile, stream);
+      return LaunchBackward<layer_norm_backward_kernel<A, B, 2, kLean>>(p, tile, stream);
     case 4:
-      return Launch<layer_norm_backward_kernel<A, B, 4, kLean>>(p, tile, stream);
+      return LaunchBackward<layer_norm_backward_kernel<A, B, 4, kLean>>(p, tile, stream);
     default:
       return cudaErrorInvalidConfiguration;
   }

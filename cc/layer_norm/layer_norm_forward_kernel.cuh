@@ -1,10 +1,13 @@
 // Forward: one pass over each row, which goes from global memory to registers, as fp32.
 //
 // A CTA takes one row per group and ends, so that loads overlap across many CTAs and the last ones
-// of a grid end close together. On one H100, bf16 with residual, 32,768 rows, this moves 2.77
-// / 2.85 / 2.90 / 2.98 TB/s at 1024 / 1600 / 2048 / 4096 columns; rows loaded ahead into shared
-// memory, as in backward, 2.72 / 2.80 / 2.85 / 2.88. A device copy of as many bytes moves 2.80 at
-// 768 columns, 2.87 at 1024 and 2.98 at 4096. Streaming stores (st.global.cs) lose a quarter.
+// of a grid end close together. Short rows are bound by instructions as much as by memory, so loads
+// come before anything that takes long to compute, a group is one warp where it can be, and what is
+// known of a whole call is decided once a row. On one H100, bf16 with residual, 32,768 rows, this
+// moves 2.77 / 2.82 / 2.87 / 2.91 / 2.97 TB/s at 768 / 1024 / 1600 / 2048 / 4096 columns, a device
+// copy of as many bytes 2.84 / 2.93 at the first two. Rows loaded ahead into shared memory, as in
+// backward, and weights loaded ahead of the sums are slower; streaming stores (st.global.cs) lose a
+// quarter.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,15 +35,18 @@ __device__ __forceinline__ float ForwardSum(const LayerNormForwardParams& p,
                                             const DeviceScales<LayerNormForwardParams>& scales,
                                             const WarpGroup& group, int64_t row,
                                             float (&x)[kVecs][kN]) {
+  const T0* x0_row = static_cast<const T0*>(p.x0) + row * p.x0_row_stride;
+  const TX* residual_row = static_cast<const TX*>(p.residual);
+  if (p.residual != nullptr) residual_row += row * p.residual_row_stride;
   RawVec<T0, kN> x0[kVecs];
   RawVec<TX, kN> residual[kVecs];
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {  // all loads before any use
     const int col = VecColumn<kN>(group, v);
     if (col >= p.cols) continue;
-    x0[v] = LoadRaw<T0, kN>(p.x0, row * p.x0_row_stride + col);
+    x0[v] = LoadRaw<T0, kN>(x0_row, col);
     if (p.residual != nullptr) {
-      residual[v] = LoadRaw<TX, kN>(p.residual, row * p.residual_row_stride + col);
+      residual[v] = LoadRaw<TX, kN>(residual_row, col);
     }
   }
   const float rowscale = kLean ? 1.0f : scales.RowScale(row);
@@ -68,11 +74,44 @@ __device__ __forceinline__ float ForwardSum(const LayerNormForwardParams& p,
   return sum;
 }
 
+// Writes z, of x0's dtype, with a weight and a bias, both of dtype TW.
+template <typename T0, typename TW, int kVecs, int kN>
+__device__ __forceinline__ void ForwardStoreAffine(const LayerNormForwardParams& p,
+                                                   const WarpGroup& group, int64_t row, float mean,
+                                                   float rstd, float (&x)[kVecs][kN]) {
+  constexpr int kStep = 16 / sizeof(TW) < kN ? 16 / sizeof(TW) : kN;
+  T0* z_row = static_cast<T0*>(p.z) + row * p.z_row_stride;
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    const int col = VecColumn<kN>(group, v);
+    if (col >= p.cols) continue;
+#pragma unroll
+    for (int i = 0; i < kN; i += kStep) {
+      float w[kStep], b[kStep];
+      ToFloat(LoadRaw<TW, kStep>(p.weight, col + i), w);
+      ToFloat(LoadRaw<TW, kStep>(p.bias, col + i), b);
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) x[v][i + j] = (x[v][i + j] - mean) * rstd * w[j] + b[j];
+    }
+    StoreVec<T0>(x[v], z_row, col);
+  }
+}
+
 // Writes z. Lean: z has x0's dtype.
 template <bool kLean, typename T0, int kVecs, int kN>
 __device__ __forceinline__ void ForwardStore(const LayerNormForwardParams& p,
                                              const WarpGroup& group, int64_t row, float mean,
                                              float rstd, float (&x)[kVecs][kN]) {
+  if constexpr (kLean) {
+    if (p.weight != nullptr && p.bias != nullptr && !p.zero_centered_weight) {
+      if (p.weight_dtype == DType::kFloat32) {
+        return ForwardStoreAffine<T0, float>(p, group, row, mean, rstd, x);
+      }
+      if (p.weight_dtype == p.x0_dtype) {
+        return ForwardStoreAffine<T0, T0>(p, group, row, mean, rstd, x);
+      }
+    }
+  }
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     const int col = VecColumn<kN>(group, v);
@@ -103,14 +142,14 @@ __global__ void __launch_bounds__(ForwardTile<kVecs, Elements<T0, TX>::kVec, kLe
   constexpr int kN = Elements<T0, TX>::kVec;
   __shared__ float shared[2]
                          [ForwardTile<kVecs, kN, kLean>::kMaxThreads / 32];  // by warp of the CTA
-  const WarpGroup group(tile.warps);
+  const WarpGroup group;
   const int first_warp = group.index * group.warps;
   const DeviceScales<LayerNormForwardParams> scales(p);
-  const float inverse_cols = 1.0f / static_cast<float>(p.cols);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * tile.groups + group.index;
   const bool active = row < p.rows;
   float x[kVecs][kN];
   const float sum = active ? ForwardSum<kLean, T0, TX>(p, scales, group, row, x) : 0.0f;
+  const float inverse_cols = 1.0f / static_cast<float>(p.cols);
   float mean = 0.0f;
   if (!p.is_rms_norm) mean = group.Sum(sum, shared[0] + first_warp) * inverse_cols;
   float squares = 0.0f;
