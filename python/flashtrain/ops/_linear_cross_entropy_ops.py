@@ -22,19 +22,22 @@ from flashtrain import _kernels
 from flashtrain.ops._cross_entropy_ops import Options, check_labels, run_forward_backward
 from flashtrain.ops._library import launch_context, register, to_kernel
 
-# Of a chunk's logits. With 50,304 classes in bfloat16 these are 2,048 rows: enough for matrix
-# products at full speed, and half of what the float32 dweight of 2,048 columns takes.
-_CHUNK_BYTES = 200 * 2**20
+# Of a chunk's logits and dweight, float32, together, and of the logits at least. On an H100 the
+# weight's product of 4,096 rows is 10 to 20% faster than that of 2,048, which reads and writes
+# dweight twice as often; of 8,192 rows 3% more.
+_BUFFER_BYTES = 600 * 2**20
+_LEAST_CHUNK_BYTES = 200 * 2**20
 _CHUNK_ROWS_MULTIPLE = 128  # a matrix product's tile
 
 
-def chunk_rows(rows: int, columns: int, itemsize: int) -> int:
+def chunk_rows(rows: int, columns: int, features: int, itemsize: int) -> int:
     """Rows of a chunk: as many as fit, at least a tile, and about the same for all chunks."""
-    fit = max(_CHUNK_BYTES // (columns * itemsize), _CHUNK_ROWS_MULTIPLE)
-    chunks = -(-rows // fit)
-    even = -(-rows // max(chunks, 1))
-    tiles = -(-even // _CHUNK_ROWS_MULTIPLE)
-    return min(tiles * _CHUNK_ROWS_MULTIPLE, fit) if chunks > 1 else max(rows, 1)
+    chunk_bytes = max(_BUFFER_BYTES - 4 * columns * features, _LEAST_CHUNK_BYTES)
+    tiles = max(chunk_bytes // (columns * itemsize * _CHUNK_ROWS_MULTIPLE), 1)
+    chunks = -(-rows // (tiles * _CHUNK_ROWS_MULTIPLE))
+    if chunks <= 1:
+        return max(rows, 1)
+    return -(-rows // (chunks * _CHUNK_ROWS_MULTIPLE)) * _CHUNK_ROWS_MULTIPLE
 
 
 # --- Kernels and fakes ----------------------------------------------------------------------------
@@ -45,7 +48,7 @@ def _logits_of_chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Each chunk's rows, hidden states [rows, D] and logits [rows, V]; the latter share memory."""
     rows, columns = hidden.shape[0], weight.shape[0]
-    size = chunk_rows(rows, columns, hidden.element_size())
+    size = chunk_rows(rows, *weight.shape, hidden.element_size())
     buffer = hidden.new_empty((min(size, rows), columns))
     for begin in range(0, rows, size):
         chunk = slice(begin, min(begin + size, rows))

@@ -82,7 +82,8 @@ def linear_cross_entropy(
 
     Saved for backward: the gradients of hidden (in its dtype), weight and bias (float32), where
     they are required; not hidden, nor weight. Backward scales them in place, so a second backward
-    is refused. Memory beside them: the logits of a chunk, 200 MiB or 128 rows, whichever is more.
+    is refused. Memory beside them: the logits of a chunk, which take 600 MiB together with
+    weight's gradient in float32, but at least 200 MiB or 128 rows.
 
     Raises:
       ValueError: an argument does not fit, or "none" is to have a gradient; labels as for

@@ -33,7 +33,8 @@ def _poisoned_memory():
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 8 rows, so that small problems have many, and a last one that is not full."""
-    monkeypatch.setattr(ops, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(ops, "_BUFFER_BYTES", 1)
+    monkeypatch.setattr(ops, "_LEAST_CHUNK_BYTES", 1)
     monkeypatch.setattr(ops, "_CHUNK_ROWS_MULTIPLE", 8)
 
 
@@ -83,16 +84,21 @@ def test_one_chunk_of_the_real_size() -> None:
 
 
 def test_chunks() -> None:
-    """2,048 rows of GPT-2's vocabulary; about equal chunks; never less than a tile."""
-    assert ops.chunk_rows(16384, 50304, 2) == 2048
-    assert ops.chunk_rows(1000, 50304, 2) == 1000
-    assert ops.chunk_rows(2200, 50304, 2) == 1152
-    assert ops.chunk_rows(16384, 2**22, 4) == 128
-    assert ops.chunk_rows(0, 100, 4) == 1
+    """As many rows as fit beside dweight; about equal chunks; never less than a tile."""
+    assert ops.chunk_rows(16384, 50304, 1024, 2) == 4096
+    assert ops.chunk_rows(16384, 50304, 2048, 2) == 2048
+    assert ops.chunk_rows(16384, 50304, 8192, 2) == 2048
+    assert ops.chunk_rows(1000, 50304, 1024, 2) == 1000
+    assert ops.chunk_rows(4200, 50304, 1024, 2) == 2176
+    assert ops.chunk_rows(16384, 2**22, 64, 4) == 128
+    assert ops.chunk_rows(0, 100, 64, 4) == 1
     for rows in (1, 127, 5000, 16384, 99999):
         for columns in (10, 50257, 128256, 10**7):
-            size = ops.chunk_rows(rows, columns, 2)
-            assert size * columns * 2 <= max(ops._CHUNK_BYTES, 128 * columns * 2)
+            for features in (64, 768, 5120):
+                size = ops.chunk_rows(rows, columns, features, 2)
+                tile = 128 * columns * 2
+                buffers = max(ops._BUFFER_BYTES - 4 * columns * features, ops._LEAST_CHUNK_BYTES)
+                assert size * columns * 2 <= max(buffers, tile)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -215,5 +215,6 @@ def _logits_bytes(model: GPT, tokens: int, low: torch.dtype | None) -> int:
     """Of the fused head one chunk; else the logits, these in fp32, and their log-probabilities."""
     columns, itemsize = model.config.padded_vocab_size, 4 if low is None else low.itemsize
     if model.head.fused:
-        return chunk_rows(tokens, columns, itemsize) * columns * itemsize
+        rows = chunk_rows(tokens, columns, model.config.d_model, itemsize)
+        return rows * columns * itemsize
     return tokens * columns * (4 + 4 + (itemsize if low is not None else 0))
