@@ -28,6 +28,10 @@ def _compile(ctx, src, compilation_context, deps_files, host_compiler):
     args.add_all(compilation_context.quote_includes, before_each = "-I")
     args.add_all(compilation_context.includes, before_each = "-I")
     args.add_all(compilation_context.system_includes, before_each = "-isystem")
+
+    # Temporary files go beside the object: nvcc names them by its process id, which is the same in every sandbox, and two
+    # compilations of one file would write into each other's in /tmp.
+    args.add("--objdir-as-tempdir")
     args.add("-c", src)
     args.add("-o", obj)
     ctx.actions.run(
