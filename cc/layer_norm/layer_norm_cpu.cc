@@ -61,7 +61,7 @@ void LayerNormForwardCpu(const LayerNormForwardParams& p) {
   ParallelFor(tasks.count, [&](int64_t task) {
     const int64_t begin = task * tasks.rows_per_task;
     const int64_t end = std::min(p.rows, begin + tasks.rows_per_task);
-    kernels.forward_rows(p, begin, end, ThreadScratch(p.cols));
+    kernels.forward_rows(p, begin, end, ThreadScratch(3 * p.cols));
   });
 }
 
@@ -82,8 +82,8 @@ void LayerNormBackwardCpu(const LayerNormBackwardParams& p) {
     const int64_t begin = task * tasks.rows_per_task;
     const int64_t end = std::min(p.rows, begin + tasks.rows_per_task);
     double* mine = partials + task * task_stride;
-    float* scratch = ThreadScratch(2 * p.cols + task_stride);
-    float* sums = scratch + 2 * p.cols;
+    float* scratch = ThreadScratch(p.cols + task_stride);
+    float* sums = scratch + p.cols;
     float* sum[3];
     for (int i = 0; i < 3; ++i) {
       sum[i] = wanted.index[i] < 0 ? nullptr : sums + wanted.index[i] * p.cols;

@@ -14,11 +14,11 @@ int64_t LayerNormBackwardWorkspaceBytesCpu(const LayerNormBackwardParams& params
 
 // What one thread does, compiled once per instruction set.
 struct LayerNormCpuKernels {
-  // Rows [begin, end). scratch: [cols].
+  // Rows [begin, end). scratch: [3, cols].
   void (*forward_rows)(const LayerNormForwardParams& params, int64_t begin, int64_t end,
                        float* scratch);
   // Rows [begin, end); adds their weight gradients to each [cols] sum that is not null.
-  // scratch: [2, cols].
+  // scratch: [cols].
   void (*backward_rows)(const LayerNormBackwardParams& params, int64_t begin, int64_t end,
                         float* dweight, float* dbias, float* dlayerscale, float* scratch);
   // totals += sums, of n each.

@@ -30,10 +30,10 @@ struct LayerNormTile {
 // on one H100, where spilled registers cost up to 10% and warps that hide no latency more.
 template <int kVecs, int kN, bool kLean>
 struct ForwardTile {
-  static constexpr int kMaxThreads = kVecs == 4           ? (kN == 4 ? 1024 : 512)
+  static constexpr int kMaxThreads = kVecs == 4            ? (kN == 4 ? 1024 : 512)
                                      : kLean && kVecs == 2 ? 512
                                                            : 256;
-  static constexpr int kMinCtas = kVecs == 4           ? 1
+  static constexpr int kMinCtas = kVecs == 4            ? 1
                                   : kLean && kVecs == 3 ? 4
                                   : kLean || kVecs == 3 ? 2
                                                         : 3;

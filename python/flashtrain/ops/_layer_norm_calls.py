@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtrain.ops import _layer_norm_ops as ops
 from flashtrain.ops._arguments import FLOAT_DTYPE_NAMES, FLOAT_DTYPES, check_float
-from flashtrain.ops._layer_norm_ops import DropoutAddNorm, Norm
 
 
 class NormOptions(NamedTuple):
@@ -112,9 +112,7 @@ def all_ones_mask(x0: Tensor) -> Tensor:
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, options: NormOptions) -> Tensor:
     epsilon, is_rms_norm, zero_centered_weight, z_dtype = options[:4]
-    return Norm.apply(
-        x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, z_dtype or x.dtype
-    )
+    return ops.norm(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, z_dtype or x.dtype)
 
 
 def dropout_add_norm(
@@ -154,7 +152,7 @@ def dropout_add_norm(
         # graphs, torch.compile and checkpointing treat it as any random number.
         rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=x0.device)
     epsilon, is_rms_norm, zero_centered_weight, z_dtype = options[:4]
-    return DropoutAddNorm.apply(
+    return ops.dropout_add_norm(
         x0,
         residual,
         weight,
@@ -168,7 +166,7 @@ def dropout_add_norm(
         zero_centered_weight,
         z_dtype or x0.dtype,
         x_dtype,
-        with_mask and use_dropout,
+        with_mask=with_mask and use_dropout,
     )
 
 
