@@ -4,15 +4,18 @@ Times are medians of runs with cold caches, after overwriting a buffer larger th
 cache. On CUDA each function is timed twice: a call as `triton.testing.do_bench` sees it, where the
 device waits for Python and for launches, and the device's own time, taken by CUDA events while the
 device is held busy until all launches are queued (as in a training step, whose host runs ahead). On
-the CPU `time.perf_counter` takes the call alone. Bandwidth counts bytes once: every input read once
-and every output written once, whatever a kernel really moves. The ceiling is a device-to-device
-copy measured in the same run. Where a row has FLOPs its rate is FLOP/s, and its ceiling is the row
-of implementation MATMUL of the same case: the case's matrix products alone, by torch.
+the CPU `time.perf_counter` takes the call alone, and memory that is freed stays with the process:
+the page faults of fresh memory take as long as these kernels, and come and go. Bandwidth counts
+bytes once: every input read once and every output written once, whatever a kernel really moves. The
+ceiling is a device-to-device copy measured in the same run. Where a row has FLOPs its rate is
+FLOP/s, and its ceiling is the row of implementation MATMUL of the same case: the case's matrix
+products alone, by torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -70,7 +73,17 @@ def parse_arguments(description: str, peers: tuple[str, ...]) -> argparse.Namesp
         arguments.peers = tuple(filter(None, arguments.peers.split(",")))
         if unknown := set(arguments.peers) - set(peers):
             parser.error(f"--peers: {', '.join(unknown)}; supported: {', '.join(peers)}")
+    if arguments.device.type == "cpu":
+        _keep_freed_memory()
     return arguments
+
+
+def _keep_freed_memory() -> None:
+    """Has malloc take all memory from its heap, and never give back what lies at the heap's end."""
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)
 
 
 def measure(
