@@ -47,8 +47,8 @@ def _logits_of_chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Each chunk's rows, hidden states [rows, D] and logits [rows, V]; the latter share memory."""
-    rows, columns = hidden.shape[0], weight.shape[0]
-    size = chunk_rows(rows, *weight.shape, hidden.element_size())
+    rows, (columns, features) = hidden.shape[0], weight.shape
+    size = chunk_rows(rows, columns, features, hidden.element_size())
     buffer = hidden.new_empty((min(size, rows), columns))
     for begin in range(0, rows, size):
         chunk = slice(begin, min(begin + size, rows))

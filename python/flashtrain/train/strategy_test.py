@@ -38,8 +38,9 @@ def test_says_what_keeps_a_model_from_being_compiled(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    sections = {"data": {"batch_size": 1, "seq_len": 4}, "trainer": {"compile": compiled}}
-    config = RunConfig.from_mapping("test", sections)
+    config = RunConfig.from_mapping(
+        "test", {"data": {"batch_size": 1, "seq_len": 4}, "trainer": {"compile": compiled}}
+    )
     strategy = Strategy(config, WORLD, model(), accumulates=False)
     assert strategy.compile_trouble() == ""
     strategy.forward(torch.ones(2, 4)).backward()
