@@ -7,8 +7,8 @@ Variants: rotary (positions by rotating half of each head instead of learned vec
     of 8192), 30b (60,000 steps), plain (every fusion off, for comparison); joined by commas.
 Hardware: 8 GPUs; the micro batch follows their memory (--config.data.batch_size sets it), the
     global batch is always 256 windows of 2048.
-Speed: 0.58M tokens/s, 201 h (15 h for :30b) on 8 H100 at 40% of their bf16 peak (computed, not
-    measured).
+Speed: 0.58M tokens/s, 201 h (15 h for :30b) on 8 H100 at 40% of their bf16 peak (computed);
+    96k tokens/s on one H100, 53%, without dropout (measured, see experiments/benchmarks/results).
 Memory: weights, gradients and moments take 6.4 GiB, 9 bytes per parameter by ZeRO-1 on 8 (11.3 GiB
     on one) (computed); activations come on top.
 Data: ${DATA_DIR}/the_pile, or --config.data.path.

@@ -7,8 +7,8 @@ Variants: rotary (positions by rotating half of each head instead of learned vec
     of 8192), 60b (60,000 steps), plain (every fusion off, for comparison); joined by commas.
 Hardware: 8 GPUs; the micro batch follows their memory (--config.data.batch_size sets it), the
     global batch is always 512 windows of 2048.
-Speed: 0.35M tokens/s, 14 days (50 h for :60b) on 8 H100 at 40% of their bf16 peak (computed, not
-    measured).
+Speed: 0.35M tokens/s, 14 days (50 h for :60b) on 8 H100 at 40% of their bf16 peak (computed);
+    62k tokens/s on one H100, 57%, without dropout (measured, see experiments/benchmarks/results).
 Memory: weights, gradients and moments take 11.0 GiB, 9 bytes per parameter by ZeRO-1 on 8 (19.6 GiB
     on one) (computed); activations come on top.
 Data: ${DATA_DIR}/the_pile, or --config.data.path.
