@@ -5,6 +5,7 @@ import re
 
 import lock
 import pytest
+import split_site
 from packaging.requirements import Requirement
 
 FOLDER = pathlib.Path(__file__).parent
@@ -93,3 +94,13 @@ def edited(text: str, pattern: str, replacement: str) -> str:
 def test_stale_or_broken_locks_are_found(requirements, cpu, cuda, reason):
     with pytest.raises(AssertionError, match=reason):
         check(requirements, cpu, cuda)
+
+
+def test_flash_attn_asks_for_targets_that_are_there():
+    """Nothing else builds it without a download of 0.3 GB."""
+    packages = {name.replace("-", "_") for name in parse(CUDA)}
+    asked = re.findall(r'"@pip//(\w+)"', (FOLDER.parent / "flash_attn/repo.bzl").read_text())
+    assert split_site.TORCH in asked
+    for package in asked:
+        assert package in packages
+        assert package == split_site.TORCH or not split_site.SHARES_TORCH_SITE.match(package)
