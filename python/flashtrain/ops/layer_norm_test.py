@@ -296,6 +296,29 @@ def test_masks_differ_between_calls_and_repeat_with_the_seed() -> None:
     assert torch.equal(draw(), second)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((8, 64), FP32, None),
+        Case((8, 64), BF16, BF16),
+        Case((8, 64), BF16, FP32, dropout_p=0.5),
+    ],
+    ids=["plain", "residual", "mask"],
+)
+def test_the_same_bits_without_autograd(case: Case) -> None:
+    """Which spares the call of its function."""
+    inputs = case.inputs()
+    found = []
+    for enabled in (True, False):
+        torch.manual_seed(7)
+        with torch.set_grad_enabled(enabled):
+            found.append(case.ours(inputs, return_dropout_mask=True))
+    assert found[0][0].requires_grad
+    assert not found[1][0].requires_grad
+    for expected, result in zip(*found, strict=True):
+        assert torch.equal(result, expected)
+
+
 def test_mask_without_dropout_is_all_ones() -> None:
     case = Case((4, 16))
     *_, mask = case.ours(case.inputs(), return_dropout_mask=True)
