@@ -3,7 +3,8 @@
 load("//third_party/pip:pip.bzl", "pip_install")
 load("//third_party/python:interpreter.bzl", "PYTHON_ENVIRON")
 
-# Its other requirements are in the CUDA lock of @pip, cuda-bindings beside torch. cutlass lies in a folder that its own wheel puts on the path.
+# Its other requirements are in the CUDA lock of @pip, cuda-bindings beside torch. cutlass lies in a folder that its own wheel
+# puts on the path.
 _INSTALLED = """
     imports = [
         "site",

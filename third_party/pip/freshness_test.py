@@ -103,4 +103,4 @@ def test_flash_attn_asks_for_targets_that_are_there():
     assert split_site.TORCH in asked
     for package in asked:
         assert package in packages
-        assert package == split_site.TORCH or not split_site.SHARES_TORCH_SITE.match(package)
+        assert split_site.package_of(package) == package

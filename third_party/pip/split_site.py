@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 TORCH = "torch"
 # But for nvidia-ml-py, which is plain Python and asks the driver.
-SHARES_TORCH_SITE = re.compile(r"(torch|triton|nvidia_(?!ml_py$).*|cuda_.*)$")
+_SHARES_TORCH_SITE = re.compile(r"(torch|triton|nvidia_(?!ml_py$).*|cuda_.*)$")
 # What a distribution uses without saying so: torch warns at every start when there is no numpy.
 _UNSAID_REQUIREMENTS = {"torch": {"numpy"}}
 # A package of its own inside the folder would hide its files from Bazel; torch's wheel ships one.
@@ -80,7 +80,7 @@ def label_name(name: str) -> str:
 
 def package_of(name: str) -> str:
     """The Bazel package whose site folder holds a distribution."""
-    return TORCH if SHARES_TORCH_SITE.match(name) else name
+    return TORCH if _SHARES_TORCH_SITE.match(name) else name
 
 
 class Distributions:
