@@ -2,7 +2,7 @@
 
 A file or target belongs to a layer by its folder; it may use its own layer and those below it:
 
-    experiments > train > eval > models > modules > data, distributed, ops > testing > errors
+    experiments > train > eval > models > modules > data, distributed, ops > testing > errors, files
                                                                                 > _kernels > cc
 
 `cc/` knows neither Python nor torch, so that C++ programs can depend on it alone; absl and
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cc",),
     ("_kernels",),
-    ("errors",),
+    ("errors", "files"),
     ("testing",),
     ("data", "distributed", "ops"),
     ("modules",),
