@@ -12,6 +12,8 @@ Legend: B batch, T sequence, C documents of a window.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -85,6 +87,16 @@ class TokenDataset:
     @property
     def vocab_size(self) -> int:
         return max(source.manifest.vocab_size for source in self.sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what samples are made of: tokens, documents where they are masked, shares of a
+        mixture. It stays the same where folders are moved, renamed or copied."""
+        parts = [
+            (source.manifest.fingerprint(documents=self.document_mask), share)
+            for source, share in zip(self.sources, self._interleave.shares, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def num_train_windows(self) -> int:

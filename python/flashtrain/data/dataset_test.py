@@ -1,6 +1,8 @@
 """The order of training: a pure function of dataset, seed, step and global batch."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -314,5 +316,23 @@ def test_a_mixture_has_one_tokenizer(tmp_path, folder):
     write_token_files(tmp_path / "x", splits, tokenizer="gpt2", vocab_size=50257, source={})
     with pytest.raises(DataError, match=r"x has the tokenizer 'gpt2', but .* has 'bytes'"):
         TokenDataset([Part(folder, 1.0), Part(tmp_path / "x", 1.0)], seq_len=8, seed=0)
-    with pytest.raises(DataError, match=r"data\.source: weights=.* must be at least 1/4096"):
-        TokenDataset([Part(folder, 1.0), Part(folder, 1e-6)], seq_len=8, seed=0)
+    for weight, complaint in ((1e-6, "at least 1/4096"), (np.inf, "positive"), (np.nan, "positive")):
+        with pytest.raises(DataError, match=rf"data\.source: weights=.* must be {complaint}"):
+            TokenDataset([Part(folder, 1.0), Part(folder, weight)], seq_len=8, seed=0)
+
+
+def test_the_fingerprint_is_of_what_is_read(tmp_path, mixture):
+    def fingerprint(*folders: Path, weights: tuple[float, ...] = (1.0, 3.0), **options) -> str:
+        parts = [Part(folder, weight) for folder, weight in zip(folders, weights)]
+        return TokenDataset(parts, seq_len=8, seed=0, **options).fingerprint
+
+    a, b = (source.folder for source in mixture.sources)
+    copy = tmp_path / "another name"
+    shutil.copytree(a, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["source"] = {"name": "as others call it"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert fingerprint(a) == fingerprint(copy) != fingerprint(b)
+    assert fingerprint(a, b) == fingerprint(copy, b, weights=(0.5, 1.5))
+    different = [fingerprint(a, b, weights=(1.0, 1.0)), fingerprint(b, a), fingerprint(a)]
+    assert len({fingerprint(a, b), fingerprint(a, document_mask=True), *different}) == 5

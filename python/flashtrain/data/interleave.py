@@ -1,5 +1,6 @@
 """Mixes several sources by weight: which source each sample comes from, computed on the fly."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,8 @@ class Interleave:
     """
 
     def __init__(self, weights: Sequence[float], seed: int):
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"weights={list(weights)} must be positive numbers")
         exact = np.array(weights) / np.sum(weights) * PERIOD
         counts = np.floor(exact).astype(np.int64)
         # What rounding down has left goes to the largest remainders.
@@ -34,6 +37,11 @@ class Interleave:
         self._counts = counts
         self._firsts = np.cumsum(counts) - counts
         self._seed = seed
+
+    @property
+    def shares(self) -> list[int]:
+        """Of each source, its samples in a period."""
+        return self._counts.tolist()
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sources and numbers within them, int64, of sample numbers from 0 on."""

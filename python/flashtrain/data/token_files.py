@@ -72,6 +72,16 @@ class Manifest:
     splits: dict[str, Split]
     tokenizer_sha256: str | None = None
 
+    def fingerprint(self, *, documents: bool = False) -> str:
+        """A hash of what training reads: equal for the same tokens wherever they are, whatever
+        their files and their source are called; with `documents`, of their ends too."""
+        contents = [self.tokenizer, self.vocab_size, self.dtype]
+        for name in SPLITS:
+            split = self.splits[name]
+            index = split.documents if documents else None
+            contents += [name, split.tokens, split.sha256, index and [index.count, index.sha256]]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
     def to_json(self) -> str:
         fields = {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return json.dumps(_without_none(fields), indent=2, sort_keys=True) + "\n"
