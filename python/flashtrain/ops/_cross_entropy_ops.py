@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashtrain import _kernels
+from flashtrain.ops._autograd import Function, may_overwrite_saved, once_differentiable
 from flashtrain.ops._library import as_rows, eager, launch_context, register, to_kernel
 
 
@@ -216,7 +216,7 @@ def _combine(
     return all_losses.sum(0) + lse + z_losses, lse, z_losses
 
 
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropy(Function):
     """(losses, z_losses). Saves logits, labels and lse."""
 
     @staticmethod
@@ -235,8 +235,7 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlosses, _):
         logits, labels, lse = ctx.saved_tensors
-        # A compiled graph cannot overwrite what an earlier graph saved for it.
-        if ctx.inplace_backward and not torch.compiler.is_compiling():
+        if ctx.inplace_backward and may_overwrite_saved(ctx):
             _backward_in_place(dlosses, logits, labels, lse, *ctx.options)
             torch.autograd.graph.increment_version(logits)  # a second backward is refused
             dlogits = logits

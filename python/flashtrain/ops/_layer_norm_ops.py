@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashtrain import _kernels
+from flashtrain.ops._autograd import Function, once_differentiable
 from flashtrain.ops._library import as_rows, eager, launch_context, register, to_kernel
 
 # --- Kernels and fakes ----------------------------------------------------------------------------
@@ -226,7 +226,7 @@ _backward = eager(layer_norm_backward, _backward_kernel)
 # --- Autograd -------------------------------------------------------------------------------------
 
 
-class Norm(torch.autograd.Function):
+class Norm(Function):
     """z = norm(x). Saves x, weight, mean and rstd."""
 
     @staticmethod
@@ -253,7 +253,7 @@ class Norm(torch.autograd.Function):
         )
 
 
-class DropoutAddNorm(torch.autograd.Function):
+class DropoutAddNorm(Function):
     """(z, x, mask). Saves x, weight, mean, rstd, the scales, rng_state; x0 only for dlayerscale."""
 
     @staticmethod

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashtrain.ops import _layer_norm_calls as calls
+from flashtrain.ops._autograd import Function, once_differentiable
 
 
-class TakeRows(torch.autograd.Function):
+class TakeRows(Function):
     """Row r of the result is row numbers[r] - 1 of x [rows, D], or zeros where the number is 0.
 
     No number but 0 may come twice: gradients are copied into place, not added up.

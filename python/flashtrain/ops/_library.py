@@ -64,13 +64,15 @@ def eager(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Callable[...
 
     A call of the op costs 7 to 30 us more, by machine: the dispatcher boxes the arguments and goes
     to Python twice. Compilers, dispatch modes (fake tensors, FLOP counters), tensor subclasses,
-    meta tensors and the profiler need to see the op. The kernel's first argument is a tensor.
+    torch.func's transforms, meta tensors and the profiler need to see the op. The kernel's first
+    argument is a tensor.
     """
 
     def call(*args: Any) -> Any:
         if (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
             or torch._C._autograd._profiler_enabled()
             or not _PLAIN_TYPES.issuperset(map(type, args))
             or args[0].is_meta

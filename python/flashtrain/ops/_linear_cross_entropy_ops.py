@@ -16,9 +16,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashtrain import _kernels
+from flashtrain.ops._autograd import Function, may_overwrite_saved, once_differentiable
 from flashtrain.ops._cross_entropy_ops import Options, check_labels, run_forward_backward
 from flashtrain.ops._library import launch_context, register, to_kernel
 
@@ -190,12 +190,12 @@ scale_into = register(
 # --- Autograd -------------------------------------------------------------------------------------
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor * gradient in `dtype`: in place if it is the gradient's and no graph is compiled.
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_overwrite: bool) -> Tensor:
+    """factor * gradient in `dtype`: in place if it is the gradient's and may be overwritten.
 
     torch.mul(gradient, factor, out=<of another dtype>) moves half as many bytes a second.
     """
-    if torch.compiler.is_compiling():
+    if not may_overwrite:
         return (gradient * factor).to(dtype)
     in_place = gradient.dtype == dtype
     result = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
@@ -205,7 +205,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(Function):
     """(sum of losses, sum of z_losses), both divided by `count`, float32 [].
 
     The gradients are computed in forward, of the sum of losses times 2**e / count, a factor of 1
@@ -233,9 +233,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, _):
         *gradients, rest = ctx.saved_tensors
-        factor = dloss * rest
+        factor, may_overwrite = dloss * rest, may_overwrite_saved(ctx)
         scaled = (
-            _scaled(gradient, factor, dtype) if wanted else None
+            _scaled(gradient, factor, dtype, may_overwrite) if wanted else None
             for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.needs_input_grad)
         )
         return *scaled, None, None, None

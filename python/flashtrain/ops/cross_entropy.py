@@ -108,7 +108,8 @@ def cross_entropy_loss(
       lse_square_scale: at least 0, the factor of the z-loss.
       ignore_index: rows with this label have loss 0 and gradient 0.
       inplace_backward: backward writes the gradient into the logits, which are lost; a second
-        backward is refused. Compiled graphs write a tensor of its own nevertheless.
+        backward is refused. Compiled graphs and torch.func write a tensor of its own
+        nevertheless.
       process_group: the classes are spread over its processes, V on each, in the order of the
         ranks; labels count over all of them and are the same on each, as are the results.
       vocab_size: columns from here on (over all processes) are padding: in no sum, gradient 0.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops._arguments import checked
+from flashtrain.ops._autograd import needs_autograd
 from flashtrain.ops._cross_entropy_ops import Options
 from flashtrain.ops._linear_cross_entropy_ops import (
     LinearCrossEntropy,
@@ -110,7 +111,7 @@ def linear_cross_entropy(
         num_classes_of(vocab_size, weight.shape[0]),
     )
     inputs = (hidden, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if needs_autograd(*inputs):
         if reduction == "none":
             raise ValueError(
                 "reduction: got 'none' and an input that requires grad; supported: 'mean' or "
