@@ -2,8 +2,8 @@
 
 A file or target belongs to a layer by its folder; it may use its own layer and those below it:
 
-    experiments > train > eval > models > modules > data, distributed, ops > testing > errors, files
-                                                                                > _kernels > cc
+    experiments > train > eval > models > modules > data, distributed, ops > environment, testing
+                                                                > errors, files > _kernels > cc
 
 `cc/` knows neither Python nor torch, so that C++ programs can depend on it alone; absl and
 ml_collections, which decide how a program is configured, are known to experiments/ only.
@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cc",),
     ("_kernels",),
     ("errors", "files"),
-    ("testing",),
+    ("environment", "testing"),
     ("data", "distributed", "ops"),
     ("modules",),
     ("models",),

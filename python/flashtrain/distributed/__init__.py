@@ -5,13 +5,24 @@ collectives here are plain identities for it.
 """
 
 import dataclasses
+import datetime
 import os
+import socket
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from flashtrain import environment
+from flashtrain.environment import is_worker
 from flashtrain.errors import UserError
+
+__all__ = ["World", "available_cores", "is_worker", "resolve_device", "start", "stop"]
+
+# For the others of a run to come, where no torchrun has already waited for them: variables that an
+# earlier run has left promise processes that never will.
+_RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)
 
 T = TypeVar("T")
 
@@ -51,11 +62,6 @@ class World:
             dist.all_reduce(torch.zeros(()))  # on the CPU, so that the host itself waits
 
 
-def is_worker() -> bool:
-    """Whether a launcher (ours, torchrun, SLURM through torchrun) has started this process."""
-    return "WORLD_SIZE" in os.environ
-
-
 def resolve_device(device: str) -> str:
     """Turns a trainer.device into "cuda" or "cpu". Raises UserError where there is no "cuda"."""
     available = torch.cuda.device_count() > 0
@@ -80,10 +86,7 @@ def start(device_name: str) -> World:
     On the CPU the processes share the cores, unless OMP_NUM_THREADS says how many threads each has
     (torchrun sets it to 1 where it is not set).
     """
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    rank, size, local_rank, local_size = environment.ranks() or (0, 1, 0, 1)
     if resolve_device(device_name) == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -97,10 +100,44 @@ def start(device_name: str) -> World:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, available_cores() // local_size))
     if size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, device_id=device_id)
+        _join(device)
     return World(rank, size, local_rank, local_size, device)
+
+
+def _join(device: torch.device) -> None:
+    """Joins the other processes. Raises UserError where that is not possible."""
+    _check_interfaces()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    started_together = "TORCHELASTIC_RUN_ID" in os.environ
+    timeout = dist.constants.default_pg_timeout if started_together else _RENDEZVOUS_TIMEOUT
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(dist.constants.default_pg_timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, device_id=device_id
+        )
+    except RuntimeError as error:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        shown = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise UserError(
+            f"the processes of the run do not find each other ({shown}): "
+            f"{str(error).splitlines()[0]}; start all of them through a launcher, or unset these "
+            "variables if an earlier run has left them"
+        ) from error
+
+
+def _check_interfaces() -> None:
+    """Raises UserError where gloo is to use a network interface that this machine lacks."""
+    key = "GLOO_SOCKET_IFNAME"
+    wanted = [name for name in os.environ.get(key, "").split(",") if name]
+    there = [name for _, name in socket.if_nameindex()]
+    for name in wanted:
+        if name not in there:
+            raise UserError(
+                f"{key}={os.environ[key]}, but this machine has no network interface {name}, only "
+                f"{', '.join(there)}; correct the variable, or unset it"
+            )
 
 
 def stop() -> None:

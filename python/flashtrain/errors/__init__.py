@@ -3,16 +3,17 @@
 A `UserError` is one line that says what came, what is supported and what to do next. Programs print
 that line alone; every other exception is a defect and keeps its traceback.
 
-| exit code | meaning                                                              |
-|-----------|----------------------------------------------------------------------|
-| 0         | done                                                                 |
-| 1         | a defect: the traceback tells where                                  |
-| 2         | `UserError`: a flag, a config, a path, a file or a machine           |
-| 3         | `TrainingDivergedError`: the loss stayed non-finite                       |
-| 75        | `RunInterruptedError`: state was saved, start again to go on (EX_TEMPFAIL)   |
+| exit code | meaning                                                                        |
+|-----------|--------------------------------------------------------------------------------|
+| 0         | done                                                                           |
+| 1         | a defect: the traceback shows where; or a process of the run was killed        |
+| 2         | `UserError`: a flag, a config, a path, a file or a machine                     |
+| 3         | `TrainingDivergedError`: the loss stayed non-finite                            |
+| 75        | `RunInterruptedError`: state was saved, start again to go on (EX_TEMPFAIL)     |
+| 128 + n   | signal n (SIGHUP 129, SIGINT 130, SIGTERM 143) came before training began, or  |
+|           | to a program that does not train                                               |
 """
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -34,10 +35,12 @@ class RunInterruptedError(UserError):
     exit_code = 75
 
 
-def did_you_mean(given: str, valid: Iterable[str]) -> str:
+def did_you_mean(given: object, valid: Iterable[str]) -> str:
     """The end of an error message: the nearest valid name if one is near, and else all of them."""
+    import difflib  # here: it would delay the start of every program
+
     valid = list(valid)
-    near = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(given), valid, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]!r}?"
     if not valid:

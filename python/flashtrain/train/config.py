@@ -11,12 +11,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from flashtrain.errors import UserError, did_you_mean
+from flashtrain.errors.ranges import COUNT, POSITIVE, PROBABILITY, SEED, Range, problem, shown
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse_sqrt")
 DEVICES = ("auto", "cpu", "cuda")
 STRATEGIES = ("ddp", "zero1", "fsdp2")
 REDUCE_DTYPES = ("fp32", "bf16")
+
+_CHOICES = {
+    "optim.schedule": SCHEDULES,
+    "trainer.precision": PRECISIONS,
+    "trainer.device": DEVICES,
+    "trainer.strategy": STRATEGIES,
+    "trainer.reduce_dtype": REDUCE_DTYPES,
+}
+# Of numbers whose least is not 0 or whose most is not what 64 bits or fp32 hold.
+_RANGES = {
+    "trainer.max_steps": Range(1, 2**40),  # times the batch: the number of a sample, an int64
+    "trainer.global_batch_size": Range(1, 2**22),
+    "trainer.batch_ramp_from": Range(0, 2**22),
+    "trainer.log_every": COUNT,
+    "trainer.keep_checkpoints": COUNT,
+    "trainer.max_bad_steps": COUNT,
+    "trainer.devices": Range(0, 1024),
+    "trainer.sample_tokens": Range(0, 2**31 - 1),
+    "trainer.ema_decay": PROBABILITY,
+    "trainer.seed": SEED,
+    "optim.betas": PROBABILITY,
+    "optim.eps": POSITIVE,
+    "data.batch_size": COUNT,
+    "data.seq_len": COUNT,
+    "data.seed": SEED,
+}
+# Of the section `data`, as far as tasks share them.
+_DATA_TYPES = {"batch_size": int, "seq_len": int, "seed": int, "path": str, "source": str}
 
 # Keys a run may change when it is continued: none of them alters what a step computes, but for
 # `max_steps`, which stretches the schedule of the steps to come and is asked for on purpose.
@@ -109,12 +138,14 @@ class RunConfig:
     def from_mapping(cls, name: str, config: Mapping[str, Mapping[str, Any]]) -> "RunConfig":
         """Builds a run from nested sections. Raises UserError on the first wrong key or value."""
         sections = ("model", "data", "optim", "trainer")
-        for section in config:
+        for section, values in config.items():
             if section not in sections:
                 raise UserError(
                     f"config {name}: no section is called {section!r}; "
                     + did_you_mean(section, sections)
                 )
+            if not isinstance(values, Mapping):
+                raise UserError(f"config section {section} must hold keys, got {shown(values)}")
         run = cls(
             name=name,
             model=types.MappingProxyType(dict(config.get("model", {}))),
@@ -183,65 +214,34 @@ def _build(cls: type, section: str, values: Mapping[str, Any]) -> Any:
 
 def _coerce(key: str, value: Any, default: Any) -> Any:
     """`value` as the type of the field's default; an int may stand for a float."""
-    if isinstance(default, tuple):
-        if isinstance(value, (tuple, list)) and len(value) == len(default):
-            return tuple(_coerce(key, v, d) for v, d in zip(value, default, strict=True))
-    elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif type(value) is type(default):
-        return value
-    expected = f"{len(default)} numbers" if isinstance(default, tuple) else type(default).__name__
-    raise UserError(f"config key {key} must be {expected}, got {value!r}")
+    kind = type(default)
+    if kind is tuple:
+        if not isinstance(value, (tuple, list)) or len(value) != len(default):
+            raise UserError(
+                f"config key {key} must be {len(default)} numbers, got {shown(value)}"
+            )
+        return tuple(_coerce(key, v, d) for v, d in zip(value, default, strict=True))
+    _check_value(key, value, kind)
+    return kind(value)
+
+
+def _check_value(key: str, value: Any, kind: type) -> None:
+    """Raises UserError where a key's value is of another type or out of range."""
+    if wrong := problem(value, kind, _RANGES.get(key)):
+        raise UserError(f"config key {key} must {wrong}, got {shown(value)}")
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise UserError(
+            f"config key {key}: {shown(value)} is not known; {did_you_mean(value, _CHOICES[key])}"
+        )
 
 
 def _check(run: RunConfig) -> None:
-    optim, trainer = run.optim, run.trainer
-    _choice("optim.schedule", optim.schedule, SCHEDULES)
-    _choice("trainer.precision", trainer.precision, PRECISIONS)
-    _choice("trainer.device", trainer.device, DEVICES)
-    _choice("trainer.strategy", trainer.strategy, STRATEGIES)
-    _choice("trainer.reduce_dtype", trainer.reduce_dtype, REDUCE_DTYPES)
-    at_least: dict[int, dict[str, float]] = {
-        1: {
-            "trainer.max_steps": trainer.max_steps,
-            "trainer.global_batch_size": trainer.global_batch_size,
-            "trainer.log_every": trainer.log_every,
-            "trainer.keep_checkpoints": trainer.keep_checkpoints,
-            "trainer.max_bad_steps": trainer.max_bad_steps,
-        },
-        0: {
-            "trainer.eval_every": trainer.eval_every,
-            "trainer.save_every": trainer.save_every,
-            "trainer.keep_best": trainer.keep_best,
-            "trainer.keep_every": trainer.keep_every,
-            "trainer.devices": trainer.devices,
-            "trainer.batch_ramp_from": trainer.batch_ramp_from,
-            "trainer.batch_ramp_steps": trainer.batch_ramp_steps,
-            "trainer.spike_zscore": trainer.spike_zscore,
-            "trainer.grad_clip": trainer.grad_clip,
-            "trainer.sample_tokens": trainer.sample_tokens,
-            "trainer.seed": trainer.seed,
-            "optim.lr": optim.lr,
-            "optim.min_lr": optim.min_lr,
-            "optim.warmup_lr": optim.warmup_lr,
-            "optim.warmup_steps": optim.warmup_steps,
-            "optim.cycle_steps": optim.cycle_steps,
-            "optim.cooldown_steps": optim.cooldown_steps,
-            "optim.eps": optim.eps,
-            "optim.weight_decay": optim.weight_decay,
-        },
-    }
-    for bound, values in at_least.items():
-        for key, value in values.items():
-            if not value >= bound:  # also refuses NaN
-                raise UserError(f"config key {key} must be at least {bound}, got {value}")
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        raise UserError(f"config key optim.betas must lie in [0, 1), got {optim.betas}")
-    if not 0 <= trainer.ema_decay < 1:
-        raise UserError(f"config key trainer.ema_decay must lie in [0, 1), got {trainer.ema_decay}")
-    if trainer.low_precision_weights:
+    if run.trainer.low_precision_weights:
         _check_low_precision_weights(run)
     check_size(run.data, "batch_size")
+    for key, kind in _DATA_TYPES.items():
+        if key in run.data:
+            _check_value(f"data.{key}", run.data[key], kind)
 
 
 def _check_low_precision_weights(run: RunConfig) -> None:
@@ -260,13 +260,9 @@ def _check_low_precision_weights(run: RunConfig) -> None:
 def check_size(data: Mapping[str, Any], key: str) -> None:
     """Raises UserError where `data.<key>` is no integer of at least 1."""
     size = data.get(key)
-    if not isinstance(size, int) or size < 1:
-        raise UserError(f"config key data.{key} must be an integer of at least 1, got {size!r}")
-
-
-def _choice(key: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise UserError(f"config key {key}: {value!r} is not known; {did_you_mean(value, valid)}")
+    if wrong := problem(size, int, COUNT):
+        wrong = wrong if "at most" in wrong else "be an integer of at least 1"
+        raise UserError(f"config key data.{key} must {wrong}, got {shown(size)}")
 
 
 def _plain(value: Any) -> Any:

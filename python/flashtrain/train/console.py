@@ -7,6 +7,7 @@ that is no reason to fail. Files that are redirected to and cannot be written st
 import contextlib
 import errno
 import os
+import select
 import sys
 from collections.abc import Iterator
 from typing import IO
@@ -32,9 +33,23 @@ def heard_or_not(stream: IO[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NOBODY_THERE:
-            raise
         # The stream keeps what it could not write, and would fail again when Python ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+        if error.errno not in _NOBODY_THERE:
+            raise OSError(error.errno, error.strerror, stream.name) from None
+
+
+def reader_has_left() -> bool:
+    """Whether stdout is a pipe that nobody will read."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def drop_unwritten() -> None:
+    """Before the end, at which Python would fail once more for what could not be written."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError), heard_or_not(stream):
+            stream.flush()

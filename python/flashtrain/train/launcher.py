@@ -12,29 +12,35 @@ them, as long as that takes. A launcher that is killed takes its ranks with it.
 
 import contextlib
 import ctypes
+import errno
 import io
 import json
 import os
+import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashtrain.errors import RunInterruptedError, UserError
+from flashtrain import environment, files
+from flashtrain.environment import INTERRUPTED, Interrupted, on_stop_signals
+from flashtrain.errors import UserError
+from flashtrain.train import console
 from flashtrain.train.console import say
 
 # Set in the processes that `launch` starts: its process id, a space, and the folder of its files.
 _LAUNCHED = "FLASHTRAIN_LAUNCHED"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-_STOP_FILE = "stop"  # in that folder once the launcher was asked to stop
+_FOLDERS = "flashtrain-launch-"  # in the temporary folder; each is locked by its launcher
+_STOP_FILE = "stop"  # in such a folder once the launcher was asked to stop
+_RANK_FILES = "process-"  # there, with the process id behind it: a rank that can be stopped
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that ask a program to stop
-_INTERRUPTED = "interrupted before training began"
 
 
 def processes_to_start(device: str, devices: int) -> int:
@@ -67,19 +73,25 @@ def processes_to_start(device: str, devices: int) -> int:
 def launch(processes: int, argv: Sequence[str]) -> int:
     """Runs `argv` in that many processes of this Python; returns the exit code for this one.
 
-    SIGTERM and SIGINT are handed on to them, and do nothing else from then on.
+    Signals that ask to stop are handed on to them, and do nothing else from then on.
+
+    Raises:
+        UserError: they cannot be started.
     """
     import logging
 
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # One node: gloo stays on the loopback interface, whatever the host name resolves to.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with tempfile.TemporaryDirectory(prefix="flashtrain-launch-") as log_dir:
-        signals = _hand_on_signals(Path(log_dir))
+    _check_loopback()
+    with _folder() as log_dir:
+        signals = _hand_on_signals(log_dir)
         os.environ[_LAUNCHED] = f"{os.getpid()} {log_dir}"
         config = LaunchConfig(
             min_nodes=1,
@@ -91,7 +103,7 @@ def launch(processes: int, argv: Sequence[str]) -> int:
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+            logs_specs=DefaultLogsSpecs(log_dir=str(log_dir)),
             # None: it would kill ranks that have not saved after 30 seconds, and raise wherever the
             # launcher happens to be.
             signals_to_handle="",
@@ -99,7 +111,9 @@ def launch(processes: int, argv: Sequence[str]) -> int:
         try:
             elastic_launch(config, sys.executable)(*argv)
         except ChildFailedError as error:
-            return _report_first_cause(error.failures, Path(log_dir), signals)
+            return _report_first_cause(error.failures, log_dir, signals)
+        except (DistError, RendezvousError) as error:
+            raise UserError(f"{processes} processes cannot be started: {error}") from error
         finally:
             del os.environ[_LAUNCHED]
     return 0
@@ -108,8 +122,9 @@ def launch(processes: int, argv: Sequence[str]) -> int:
 def run_main(main: Callable[[], int | None]) -> int:
     """Runs a program's main; returns its exit code, printing errors as flashtrain.errors says.
 
-    SIGTERM and SIGINT are ignored when it returns: they shall not change what the run has said and
-    left, and Python takes a good part of a second to end after torch.
+    The user's folder is the current one in it. Signals that ask to stop are ignored when it
+    returns: they shall not change what the run has said and left, and Python takes a good part of a
+    second to end after torch.
     """
     launched = _LAUNCHED in os.environ and _ERROR_FILE in os.environ
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -117,30 +132,139 @@ def run_main(main: Callable[[], int | None]) -> int:
     try:
         if launched:
             _follow_launcher(*os.environ[_LAUNCHED].split(" ", 1))
+        environment.enter_user_folder()
+        environment.check_threads()
         text, code = "", main() or 0
-    except KeyboardInterrupt:
-        text, code = _INTERRUPTED, 128 + signal.SIGINT
-    except RunInterruptedError as error:
-        text, code = "", error.exit_code  # the run has said what it saved
-    except UserError as error:
-        text, code = f"error: {' '.join(str(error).split())}", error.exit_code
-    except Exception:  # a defect: its traceback is the message
-        text, code = traceback.format_exc().rstrip(), 1
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        with console.heard_or_not(sys.stdout):
+            sys.stdout.flush()
+    except BaseException as error:
+        text, code = _explain(error)
+    on_stop_signals(signal.SIG_IGN)
+    console.drop_unwritten()
     if not code:
         return 0
-    rank = os.environ.get("RANK")
+    worker = environment.is_worker()
     if launched:
         _write_error_file(text, code)
     elif text:
-        say(text if rank is None else f"[rank {rank}] {text}")
-    if rank is not None:
+        with contextlib.suppress(OSError):  # nowhere to say it
+            say(f"[rank {os.environ['RANK']}] {text}" if worker else text)
+    if worker:
         # Without the teardown of a process group whose other members may be gone: its threads have
         # been seen to abort the process with a message of their own.
-        sys.stdout.flush()
         os._exit(code)
     return code
+
+
+@contextlib.contextmanager
+def interruptible(text: str) -> Iterator[None]:
+    """Around work that puts things in order before it leaves: signals raise `Interrupted` in it.
+
+    Args:
+        text: says then what has become of the work.
+    """
+    before = {number: signal.getsignal(number) for number in environment.STOP_SIGNALS}
+
+    def interrupt(number: int, frame: Any) -> None:
+        on_stop_signals(signal.SIG_IGN)
+        raise Interrupted(number, text)
+
+    on_stop_signals(interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is interrupt:  # none has come
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to say about what has ended a program, and its exit code."""
+    if isinstance(error, Interrupted):
+        return error.text, 128 + error.number
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, 128 + signal.SIGINT
+    if isinstance(error, SystemExit):
+        code = error.code or 0
+        return ("", code) if isinstance(code, int) else (str(code), 1)
+    if isinstance(error, BrokenPipeError) and console.reader_has_left():
+        return "", 0  # as `| head` does; nobody is there to be told
+    if isinstance(error, UserError):
+        reason, code = str(error), error.exit_code  # RunInterruptedError: the run has said it
+    elif isinstance(error, OSError):
+        reason, code = _describe(error), UserError.exit_code
+    elif (shortage := _shortage(error)) is not None:
+        reason, code = shortage, UserError.exit_code
+    else:  # a defect: its traceback is the message
+        return "".join(traceback.format_exception(error)).rstrip(), 1
+    return (f"error: {' '.join(reason.split())}", code) if reason else ("", code)
+
+
+def _describe(error: OSError) -> str:
+    """What was refused, and why."""
+    reason, system = files.cause(error), os.strerror(error.errno or 0)
+    if error.errno == errno.ENOENT:
+        reason = "there is no such file or folder"
+    if error.errno is not None and error.strerror != system:
+        reason = error.strerror or reason  # of a library, which knows more than the number says
+    elif error.errno is not None and reason != system:
+        reason += f" ({system})"
+    if error.filename is None or isinstance(error.filename, int):
+        return reason
+    return f"{os.fsdecode(error.filename)}: {reason}"
+
+
+def _shortage(error: BaseException) -> str | None:
+    """What the machine has too little of, where that is what an exception means."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"the machine is out of memory ({text.splitlines()[0] if text else 'none is left'})"
+    if "can't start new thread" in text:
+        return "the system allows no more threads; raise `ulimit -u`"
+    return None
+
+
+def _check_loopback() -> None:
+    """Raises UserError where the ranks could not talk to each other."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            "processes of this machine cannot connect to 127.0.0.1, through which they find each "
+            f"other: {error.strerror or error}; bring the loopback interface up (ip link set lo up)"
+        ) from error
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A new temporary folder of this launcher; removes those of killed ones."""
+    parent = Path(tempfile.gettempdir())
+    for leftover in parent.glob(f"{_FOLDERS}*"):
+        _remove_if_abandoned(leftover)
+    # Under another name until it is locked: an unlocked one is taken for a killed launcher's.
+    made = Path(tempfile.mkdtemp(prefix=".flashtrain-"))
+    descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            files.lock(descriptor)
+        folder = made.rename(parent / f"{_FOLDERS}{made.name.removeprefix('.flashtrain-')}")
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    """Removes a launcher's folder if it is this user's and the launcher is no more."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            mine = os.fstat(descriptor).st_uid == os.getuid()
+            if mine and files.lock(descriptor):  # else BlockingIOError: it lives
+                shutil.rmtree(folder)
+        finally:
+            os.close(descriptor)
 
 
 def _hand_on_signals(folder: Path) -> list[int]:
@@ -151,25 +275,18 @@ def _hand_on_signals(folder: Path) -> list[int]:
         came.append(number)
         with contextlib.suppress(OSError):
             (folder / _STOP_FILE).touch()  # for ranks that have not come to their main function
-        for rank in _children():
-            with contextlib.suppress(OSError):
-                os.kill(rank, signal.SIGTERM)
+        for path in folder.glob(f"{_RANK_FILES}*"):
+            _stop_child(int(path.name.removeprefix(_RANK_FILES)))
 
-    for number in _SIGNALS:
-        signal.signal(number, hand_on)
+    on_stop_signals(hand_on)
     return came
 
 
-def _children() -> list[int]:
-    """Process ids of this process's children. None of them is reused before it is waited for."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            # <process id> (<name, in which anything may stand>) <state> <parent> ...
-            stat = Path("/proc", name, "stat").read_bytes()
-            if int(stat.rpartition(b")")[2].split()[1]) == os.getpid():
-                found.append(int(name))
-    return found
+def _stop_child(process: int) -> None:
+    """Asks a rank to stop. One that has ended may have left its number to another process."""
+    with contextlib.suppress(OSError):
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # ours: not yet reaped
+        os.kill(process, signal.SIGTERM)
 
 
 def _follow_launcher(launcher: str, folder: str) -> None:
@@ -177,6 +294,7 @@ def _follow_launcher(launcher: str, folder: str) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(launcher):  # that has ended already
         os._exit(1)
+    Path(folder, f"{_RANK_FILES}{os.getpid()}").touch()
     if Path(folder, _STOP_FILE).exists():
         signal.raise_signal(signal.SIGTERM)  # which may have come before there was a process
 
@@ -228,7 +346,7 @@ def _report_first_cause(
         if rank in spoken:
             continue
         if failure.exitcode == -signal.SIGTERM and signals:
-            causes.append((user_error, 0.0, _INTERRUPTED, 128 + signals[0]))
+            causes.append((user_error, 0.0, INTERRUPTED, 128 + signals[0]))
         else:
             kind = stopped if failure.exitcode == -signal.SIGTERM else silent
             causes.append((kind, order, _silent_death(rank, failure.exitcode), 1))
@@ -241,5 +359,10 @@ def _report_first_cause(
 def _silent_death(rank: int, exit_code: int) -> str:
     if exit_code >= 0:
         return f"error: rank {rank} ended with exit code {exit_code}"
-    hint = "; the machine may be out of memory" if -exit_code == signal.SIGKILL else ""
+    hint = ""
+    if -exit_code == signal.SIGKILL:
+        hint = (
+            "; the machine may be out of memory (dmesg says so): lower data.batch_size or "
+            "trainer.devices, or give the job more memory"
+        )
     return f"error: rank {rank} was killed by {signal.Signals(-exit_code).name}{hint}"
