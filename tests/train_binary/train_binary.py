@@ -211,14 +211,18 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert torch.equal(saved[name], tensor), name
 
 
-def make_data(folder: Path) -> str:
-    """Writes a small prepared dataset; returns the flag that selects it."""
+def make_data(folder: Path, *, train: int = 40_000) -> str:
+    """Writes a small prepared dataset; returns the flag that selects it.
+
+    Args:
+        train: tokens to train on.
+    """
     words = [b"to be", b"or not", b"a king", b"a queen", b"the", b"rose", b"thou art"]
     order = np.random.default_rng(0).integers(0, len(words), 10_000)
     tokens = np.frombuffer(b" ".join(words[i] for i in order), np.uint8)
     write_token_files(
         folder,
-        {"train": tokens[:40_000], "val": tokens[40_000:40_500]},
+        {"train": tokens[:train], "val": tokens[40_000:40_500]},
         tokenizer="bytes",
         vocab_size=256,
         source={"name": "words"},
@@ -234,9 +238,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def checkpoint_steps(workdir: Path) -> Sequence[int]:
     """Steps of the checkpoints in a run folder, in order."""
-    return sorted(
-        int(p.name.removeprefix("step_")) for p in (workdir / "checkpoints").glob("step_*")
-    )
+    found = checkpoint.paths(workdir / "checkpoints")
+    return sorted(int(path.name.removeprefix("step_")) for path in found)
 
 
 def _repository() -> Path:

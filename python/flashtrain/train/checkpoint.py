@@ -9,8 +9,11 @@ A checkpoint is a folder `step_<number>` with
 
 Tensors are called `model.<parameter>`, `optimizer.<parameter>.<exp_avg, exp_avg_sq, step>` and
 `ema.<parameter>`. saver.py writes them: beside their final place, fsynced, renamed, so a process
-killed at any moment leaves the whole checkpoint or a `.tmp-*` folder. A file that was cut or
+killed at any moment leaves the whole checkpoint or a `.tmp-step_*` folder. A file that was cut or
 altered later no longer has its checksum, and `newest` passes over the checkpoint.
+
+In a run's folder only the name `step_<number>` counts, and only with that step in it; users may put
+anything beside. One checkpoint, given by its path, may have any name or be a link.
 
 Every rank writes what it holds (an equal part of what all hold), so that no rank needs memory for
 the state of the others; reading, a rank takes the rows it wants out of whichever files have them.
@@ -19,13 +22,11 @@ loaded, and its safetensors storage knows tensors only, without checksums or a c
 and JSON cannot run code and are read without torch.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import hashlib
-import json
+import itertools
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,17 +35,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashtrain import files
 from flashtrain.errors import UserError
-from flashtrain.train import tensor_file
+from flashtrain.models.wrapping import unwrap, whole_parameters
+from flashtrain.train import manifest as manifests
+from flashtrain.train.manifest import DamagedError
 
-FORMAT = 2
-MANIFEST = "manifest.json"
-_PREFIX = "step_"
-_VERIFY_THREADS = 8
-
-
-class DamagedError(Exception):
-    """A checkpoint that is not what was written; the message says which file and why."""
+_STEP = re.compile("step_([0-9]+)")
+_UNFINISHED = re.compile("[.]tmp-(old-|damaged-)?step_[0-9]{8,}")  # names that saver.py makes
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,20 @@ class Checkpoint:
     @property
     def state(self) -> dict[str, Any]:
         """What the run saved besides tensors."""
-        return self.manifest["state"]
+        return self.section("state")
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A part of the manifest. Raises UserError where the checkpoint has no such part."""
+        found = self.manifest.get(name)
+        if not isinstance(found, dict):
+            raise self.unusable(f"its {manifests.NAME} has no section {name!r}")
+        return found
+
+    def unusable(self, reason: str) -> UserError:
+        """The error of a checkpoint that is whole, but is not one that a run writes."""
+        return UserError(
+            f"checkpoint {self.path} was not written by this program ({reason}); choose another one"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +109,10 @@ class Reader:
                     f"checkpoint {checkpoint.path} was removed just now, as a run does with its "
                     "old ones; start again to take a newer one"
                 ) from error
+            except OSError as error:
+                raise UserError(
+                    f"cannot read {checkpoint.path / name}: {files.cause(error)}"
+                ) from error
             except safetensors.SafetensorError as error:
                 raise UserError(
                     f"checkpoint file {checkpoint.path / name} is no safetensors file ({error}); "
@@ -107,8 +123,10 @@ class Reader:
                 first_row = entry.get("first_rows", {}).get(key)
                 piece = _Piece(part, first_row, torch.Size(part.get_shape()))
                 self._pieces.setdefault(key, []).append(piece)
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece.first_row or 0)
+        for key, pieces in self._pieces.items():
+            pieces.sort(key=lambda piece: (piece.first_row or 0, piece.shape))
+            if not _fit_together(pieces):
+                raise checkpoint.unusable(f"the rows of {key!r} do not fit together")
 
     def names(self, prefix: str) -> list[str]:
         """Names of the tensors that begin with `prefix`."""
@@ -120,6 +138,9 @@ class Reader:
         if last.first_row is None:
             return last.shape
         return torch.Size((last.end_row, *last.shape[1:]))
+
+    def is_float(self, name: str) -> bool:
+        return all(piece.slice.get_dtype() in _FLOATS for piece in self._pieces[name])
 
     def read(self, name: str, first_row: int | None = None, rows: int = 0) -> Tensor:
         """The tensor on the CPU; with `first_row` only that many `rows` from there on."""
@@ -141,8 +162,20 @@ class Reader:
         return found
 
 
+def _fit_together(pieces: list[_Piece]) -> bool:
+    """Whether sorted pieces are one whole tensor, or all of its rows, each once."""
+    if any(piece.first_row is None for piece in pieces):
+        return len(pieces) == 1 or not any(piece.shape for piece in pieces)  # each rank's count
+    ends = [0, *(piece.end_row for piece in pieces if piece.shape)]
+    return (
+        len(ends) == len(pieces) + 1
+        and all(piece.first_row == end for piece, end in zip(pieces, ends, strict=False))
+        and all(a.shape[1:] == b.shape[1:] for a, b in itertools.pairwise(pieces))
+    )
+
+
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in a folder `step_<number>`, its files verified.
+    """The checkpoint in a folder of any name, its files verified.
 
     Raises:
         UserError: it is missing, damaged, or of another format.
@@ -166,15 +199,15 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     damaged: set[Path] = set()
     while found := [path for path in paths(folder) if path not in damaged]:
         try:
-            return _verified(found[0])
+            return _verified(found[0], _step_of(found[0]))
         except DamagedError as error:
             if os.path.lexists(found[0]):
                 damaged.add(found[0])
                 warn(f"checkpoint {found[0]} is damaged ({error}): going back to the one before")
     if damaged:
         raise UserError(
-            f"every checkpoint in {folder} is damaged: restore one, or choose another --workdir "
-            "to start over"
+            f"every checkpoint in {folder} is damaged or has another step's name: restore one, or "
+            "choose another --workdir to start over"
         )
     return None
 
@@ -188,7 +221,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, *, ema: bool = False)
     """
     reader = Reader(checkpoint)
     prefix = "ema." if ema else "model."
-    parameters = dict(model.named_parameters())
+    parameters = whole_parameters(unwrap(model, nn.Module))
     check_fits(checkpoint, reader, {n: p.shape for n, p in parameters.items()}, prefix)
     for name, parameter in parameters.items():
         parameter.copy_(reader.read(prefix + name))
@@ -216,6 +249,8 @@ def check_fits(
             mismatch = (
                 f"{name!r} has shape {tuple(saved[name])}, in the model {tuple(shapes[name])}"
             )
+        elif not reader.is_float(prefix + name):
+            mismatch = f"{name!r} holds no floating-point numbers"
         else:
             continue
         raise _other_model(checkpoint, mismatch)
@@ -224,6 +259,8 @@ def check_fits(
         shape = reader.shape(name)
         if shape and shape != shapes.get(parameter):  # step counts are scalars
             raise _other_model(checkpoint, f"{name!r} has shape {tuple(shape)}")
+        if not reader.is_float(name):
+            raise _other_model(checkpoint, f"{name!r} holds no floating-point numbers")
 
 
 def _other_model(checkpoint: Checkpoint, mismatch: str) -> UserError:
@@ -234,28 +271,50 @@ def _other_model(checkpoint: Checkpoint, mismatch: str) -> UserError:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    return folder / f"{_PREFIX}{step:08d}"
+    return folder / f"step_{step:08d}"
 
 
 def paths(folder: Path) -> list[Path]:
-    """Checkpoint folders, whole or damaged, newest first."""
-    names = folder.iterdir() if folder.is_dir() else []
-    steps = (p for p in names if p.name.startswith(_PREFIX) and p.name[len(_PREFIX) :].isdigit())
-    return sorted(steps, key=_step_of, reverse=True)
+    """Whatever is called `step_<number>`, whole or damaged, the largest number first.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        names = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {files.cause(error)}") from error
+    steps = (path for path in names if _STEP.fullmatch(path.name))
+    return sorted(steps, key=lambda path: (_step_of(path), path.name), reverse=True)
 
 
 def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix(_PREFIX))
+    return int(path.name.removeprefix("step_"))
+
+
+def set_aside(path: Path) -> Path:
+    """Renames what stands where a checkpoint belongs to a free name beside it, which it returns."""
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")
+        if not os.path.lexists(aside):
+            return path.rename(aside)
+    raise AssertionError("there is always a free name")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes have left of saves."""
+    """Removes what killed processes have left of saves, and nothing else."""
     for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path)
+        if _UNFINISHED.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                set_aside(path)  # a save makes a folder of this name
 
 
 def prune(folder: Path, *, step: int, newest: int, best: int, every: int) -> None:
-    """Removes all checkpoints but some.
+    """Removes all checkpoints but some. What no save has written stays, and does not count.
 
     Args:
         step: of the checkpoint just written. Later ones were damaged when the run began: they stay
@@ -263,55 +322,52 @@ def prune(folder: Path, *, step: int, newest: int, best: int, every: int) -> Non
         newest: how many of the newest stay.
         best: how many of those with the lowest validation loss stay, if it was measured there.
         every: those whose step is a multiple of it stay; 0: none for that.
+
+    Raises:
+        OSError: one could not be removed.
     """
-    found = [path for path in paths(folder) if _step_of(path) <= step]
-    losses = {path: loss for path in found if (loss := _validation_loss(path)) is not None}
-    kept = {*found[:newest], *sorted(losses, key=lambda path: losses[path])[:best]}
-    for path in found:
-        if path not in kept and not (every and _step_of(path) % every == 0):
+    found = [whole for path in paths(folder) if (whole := _written(path)) and whole.step <= step]
+    losses = {c.step: loss for c in found if (loss := _validation_loss(c)) is not None}
+    kept = {*[c.step for c in found[:newest]], *sorted(losses, key=lambda s: losses[s])[:best]}
+    for old in found:
+        if old.step not in kept and not (every and old.step % every == 0) and _is_only_ours(old):
             # Renamed first: what is left of a removal that was cut short is no checkpoint.
-            doomed = path.rename(folder / f".tmp-old-{path.name}")
-            shutil.rmtree(doomed)
+            shutil.rmtree(old.path.rename(folder / f".tmp-old-{old.path.name}"))
 
 
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over everything in a manifest but the checksum itself."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def _written(path: Path) -> Checkpoint | None:
+    """A checkpoint as a run writes it, whole as far as its manifest and sizes say; or None."""
+    try:
+        found = manifests.read(path)
+        manifests.check_sizes(path, found)
+    except (DamagedError, UserError):
+        return None
+    as_written = path == path_of(path.parent, found["step"]) and not path.is_symlink()
+    return Checkpoint(path, found) if as_written else None
 
 
-def _validation_loss(path: Path) -> float | None:
-    """Measured when the checkpoint was saved; None if it was not, or was no number."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        progress = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["state"]["progress"]
+def _is_only_ours(found: Checkpoint) -> bool:
+    """Whether a checkpoint's folder holds nothing that a user has put there."""
+    written = {manifests.NAME, f".tmp-{manifests.NAME}", *found.manifest["files"]}
+    return written.issuperset(os.listdir(found.path))
+
+
+def _validation_loss(found: Checkpoint) -> float | None:
+    """Measured after the step of the checkpoint; None if it was not, or was no number."""
+    try:
+        progress = found.manifest["state"]["progress"]
         loss = progress["metrics"]["loss"]
         if progress["val_step"] == progress["step"] and math.isfinite(loss):
             return loss
+    except (KeyError, TypeError):
+        pass
     return None
 
 
-def _verified(path: Path) -> Checkpoint:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise UserError(
-                f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}: "
-                "use the version that wrote it"
-            )
-        if manifest_checksum(manifest) != manifest["sha256"]:
-            raise DamagedError(f"{MANIFEST} has another checksum than was written")
-        if path.name != path_of(path.parent, manifest["step"]).name:
-            raise DamagedError(f"{MANIFEST} is of step {manifest['step']}")
-        files = manifest["files"]
-        for name, expected in files.items():
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
-                raise DamagedError(f"{name} has {size} bytes instead of {expected['bytes']}")
-        with concurrent.futures.ThreadPoolExecutor(_VERIFY_THREADS) as pool:
-            digests = list(pool.map(lambda name: tensor_file.checksum(path / name), files))
-        for (name, expected), digest in zip(files.items(), digests, strict=True):
-            if digest != expected["sha256"]:
-                raise DamagedError(f"{name} has another checksum than was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{type(error).__name__}: {error}") from error
-    return Checkpoint(path, manifest)
+def _verified(path: Path, step: int | None = None) -> Checkpoint:
+    """The whole checkpoint in a folder, which must be of `step` where that is given."""
+    found = manifests.read(path)
+    if step is not None and found["step"] != step:
+        raise DamagedError(f"{manifests.NAME} is of step {found['step']}")
+    manifests.check_files(path, found)
+    return Checkpoint(path, found)

@@ -127,6 +127,10 @@ def kept(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_keeps_the_newest_by_number(tmp_path: Path) -> None:
     for step in (8, 9, 10, 11, 100_000_000):
         save(tmp_path, step, keep_checkpoints=3)
@@ -150,7 +154,7 @@ def test_a_later_one_that_is_damaged_does_not_count(tmp_path: Path) -> None:
     save(tmp_path, 2, keep_checkpoints=1)
     assert kept(tmp_path) == [2, 9]
     save(tmp_path, 9, keep_checkpoints=1)
-    assert kept(tmp_path) == [9]
+    assert names(tmp_path) == ["step_00000009", "step_00000009.damaged"]
     assert newest(tmp_path).step == 9
 
 
@@ -161,10 +165,10 @@ def test_one_that_the_run_removes_while_it_is_read_is_not_damaged(
         save(tmp_path, step)
     verified = checkpoint._verified
 
-    def late(path: Path) -> checkpoint.Checkpoint:
-        if path.name == "step_00000002":
+    def late(path: Path, step: int) -> checkpoint.Checkpoint:
+        if step == 2:
             save(tmp_path, 3, keep_checkpoints=1)
-        return verified(path)
+        return verified(path, step)
 
     monkeypatch.setattr(checkpoint, "_verified", late)
     found = newest(tmp_path)
@@ -213,10 +217,24 @@ def test_nonsense_manifest(manifest: str, tmp_path: Path) -> None:
     assert len(warnings) == 1
 
 
-def test_renamed_checkpoint_is_damaged(tmp_path: Path) -> None:
+def test_amended_after_it_was_saved(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        writer = saver(tmp_path, keep_checkpoints=1, keep_best=1)
+        state: dict[str, Any] = {"progress": {"step": step}, "other": 7}
+        writer.save(step, {"x": Held(torch.ones(1000))}, {"state": state})
+        metrics = {"val_step": step, "metrics": {"loss": abs(step - 2)}}
+        writer.amend({"progress": {"step": step} | metrics})
+        writer.wait()
+    assert kept(tmp_path) == [2, 3]
+    assert newest(tmp_path).state == {"progress": {"step": 3} | metrics, "other": 7}
+
+
+def test_another_steps_name_among_checkpoints_is_passed_over(tmp_path: Path) -> None:
     save(tmp_path, 1).rename(tmp_path / "step_00000005")
+    warnings: list[str] = []
     with pytest.raises(UserError, match="every checkpoint in"):
-        checkpoint.newest(tmp_path, lambda line: None)
+        checkpoint.newest(tmp_path, warnings.append)
+    assert "step_00000005 is damaged (manifest.json is of step 1)" in warnings[0]
 
 
 def test_other_format_is_an_error(tmp_path: Path) -> None:
@@ -273,7 +291,9 @@ def test_missing_average_is_refused(tmp_path: Path) -> None:
         checkpoint.load_weights(model_checkpoint(tmp_path), torch.nn.Linear(3, 2), ema=True)
 
 
-@pytest.mark.parametrize("name", ["rank_00000.safetensors", ".rank_00000.json", ".manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["rank_00000.safetensors", ".tmp-rank_00000.json", ".tmp-manifest.json"]
+)
 def test_full_disk_leaves_older_checkpoints(name: str, tmp_path: Path) -> None:
     """/dev/full refuses every write, as a disk that is full."""
     save(tmp_path, 1)
@@ -282,7 +302,7 @@ def test_full_disk_leaves_older_checkpoints(name: str, tmp_path: Path) -> None:
     (temporary / name).symlink_to("/dev/full")
     writer = saver(tmp_path)
     writer.save(2, {"x": Held(torch.zeros(1_000_000))}, {})
-    with pytest.raises(UserError, match="step_00000002: No space left on device; older"):
+    with pytest.raises(UserError, match="step_00000002: the disk is full; free space there; older"):
         writer.wait()
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     save(tmp_path, 2)
@@ -310,7 +330,7 @@ def test_a_full_disk_of_one_rank_is_told_by_that_rank(
     second.save(2, {"b": Held(torch.ones(4))}, {})
     assert began.wait(120)
     first.save(2, {"a": Held(torch.zeros(1_000_000))}, {})
-    with pytest.raises(UserError, match="step_00000002: No space left on device; older"):
+    with pytest.raises(UserError, match="step_00000002: the disk is full; free space there; older"):
         first.wait()
     failed.set()
     second.wait()
@@ -330,7 +350,7 @@ def test_failure_in_the_background_is_told_by_check(
     writer.save(1, {"x": Held(torch.zeros(3))}, {})
     assert writer._thread is not None
     writer._thread.join()
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="the disk is full"):
         writer.check()
     writer.check()  # once
 

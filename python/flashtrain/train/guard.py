@@ -53,7 +53,12 @@ class Guard:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state` gave."""
-        for name, tensor in (("mean", self._mean), ("variance", self._variance)):
-            tensor.copy_(torch.tensor(state[name], dtype=tensor.dtype))
-        self._count.fill_(state["count"])
+        """Restores what `state` gave. Raises ValueError where the numbers are none of a guard's."""
+        mean, variance, count = (
+            torch.tensor(state[name], dtype=torch.float64) for name in ("mean", "variance", "count")
+        )
+        if not (mean.shape == variance.shape == (2,) and count >= 0 and mean.isfinite().all()):
+            raise ValueError(f"the guard's are {state!r:.80}")
+        self._mean.copy_(mean)
+        self._variance.copy_(variance)
+        self._count.fill_(count.item())

@@ -78,7 +78,13 @@ class LossScale:
         return {"scale": self.scale.item(), "good_steps": self._good_steps.item()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state` gave, unless the precision is one without a loss scale."""
+        """Restores what `state` gave, unless the precision is one without a loss scale.
+
+        Raises:
+            ValueError: the scale is not one that this object can have had.
+        """
         if self.enabled:
+            if not 0 < state["scale"] <= self._LARGEST:
+                raise ValueError(f"the loss scale is {state['scale']!r:.40}")
             self.scale.fill_(state["scale"])
             self._good_steps.fill_(state["good_steps"])

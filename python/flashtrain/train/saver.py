@@ -14,17 +14,21 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashtrain import files
 from flashtrain.distributed import World
 from flashtrain.errors import UserError
 from flashtrain.train import checkpoint, tensor_file
+from flashtrain.train import manifest as manifests
+from flashtrain.train.checkpoint import Checkpoint
 from flashtrain.train.config import TrainerConfig
+from flashtrain.train.console import say
 
 _POLL_SECONDS = 0.01
 
@@ -38,15 +42,21 @@ class Held:
 
 
 class Saver:
-    """Saves the checkpoints of a run from one rank, one at a time."""
+    """Saves the checkpoints of a run from one rank, one at a time.
+
+    Attributes:
+        folder: where the checkpoints are.
+        last: the newest checkpoint, written or continued from; known to rank 0.
+    """
 
     def __init__(self, folder: Path, world: World, trainer: TrainerConfig):
-        self._folder = folder
+        self.folder = folder
         self._world = world
         self._trainer = trainer
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._pinned: dict[str, Tensor] = {}
+        self.last: Checkpoint | None = None
 
     def save(self, step: int, tensors: Mapping[str, Held], manifest: Mapping[str, Any]) -> None:
         """Begins to save what the tensors hold now.
@@ -64,15 +74,20 @@ class Saver:
         first_rows = {n: h.first_row for n, h in tensors.items() if h.first_row is not None}
 
         def work() -> None:
-            try:
-                if copied is not None:
-                    copied.synchronize()
-                self._write(step, copies, first_rows, manifest)
-            except BaseException as error:
-                self._error = error  # raised by the next call of this object
+            if copied is not None:
+                copied.synchronize()
+            self._write(step, copies, first_rows, manifest)
 
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._begin(work)
+
+    def amend(self, state: Mapping[str, Any]) -> None:
+        """Begins to put what was measured after the last save into its manifest.
+
+        Args:
+            state: parts of the manifest's section `state` to replace; of rank 0.
+        """
+        if self._world.is_main:
+            self._begin(lambda: self._amend(state))
 
     def check(self) -> None:
         """Raises UserError if the save that went on in the background has failed."""
@@ -88,19 +103,37 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    def _begin(self, work: Callable[[], None]) -> None:
+        """Has a thread do `work` after all that was begun before, unless that fails."""
+        before = self._thread
+
+        def run() -> None:
+            if before is not None:
+                before.join()
+            if self._error is None:
+                try:
+                    work()
+                except BaseException as error:
+                    self._error = error  # raised by the next call of this object
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
     def _copy(
         self, tensors: Mapping[str, Held]
     ) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Copies on the host, and the event after which those from a GPU are complete."""
+        pinned, self._pinned = self._pinned, {}  # no memory for tensors that are saved no more
         copies = {}
         for name, held in tensors.items():
             tensor = held.tensor.detach()
             if not tensor.is_cuda:
                 copies[name] = tensor.clone(memory_format=torch.contiguous_format)
                 continue
-            if name not in self._pinned or self._pinned[name].shape != tensor.shape:
-                self._pinned[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            copies[name] = self._pinned[name].copy_(tensor, non_blocking=True)
+            buffer = pinned.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._pinned[name] = copies[name] = buffer.copy_(tensor, non_blocking=True)
         if self._world.device.type != "cuda":
             return copies, None
         copied = torch.cuda.Event()
@@ -114,20 +147,23 @@ class Saver:
         first_rows: Mapping[str, int],
         manifest: Mapping[str, Any],
     ) -> None:
-        final = checkpoint.path_of(self._folder, step)
-        temporary = self._folder / f".tmp-{final.name}"
+        final = checkpoint.path_of(self.folder, step)
+        temporary = self.folder / f".tmp-{final.name}"
         name = f"rank_{self._world.rank:05d}"
         alone = self._world.size == 1  # in the folder, now
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             with open(temporary / f"{name}.safetensors", "wb") as file:
                 entry = tensor_file.write(file, tensors)
-                _flush(file)
-            _write_json(temporary / f"{name}.json", {**entry, "first_rows": dict(first_rows)})
-            if self._world.is_main:
-                files = self._gather(temporary)
-                alone = True
-                self._commit(temporary, final, {"step": step, "files": files, **manifest})
+                files.flush(file)
+            entry["first_rows"] = dict(first_rows)
+            files.write(temporary / f"{name}.json", json.dumps(entry).encode())
+            if not self._world.is_main:
+                return
+            listed = self._gather(temporary)
+            alone = True
+            content = {"format": manifests.FORMAT, "step": step, "files": listed, **manifest}
+            self._commit(temporary, final, content)
         except OSError as error:
             if alone:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -136,57 +172,57 @@ class Saver:
                 # to say why: no such file. The next start removes it.
                 with contextlib.suppress(OSError):
                     (temporary / f"{name}.safetensors").unlink()
-            raise UserError(
-                f"cannot write checkpoint {final}: {error.strerror or error}; older checkpoints "
-                "are untouched: make room and start again with the same --workdir"
-            ) from error
+            raise self._cannot_write(final, error) from error
+        self._prune(step)
 
     def _gather(self, temporary: Path) -> dict[str, Any]:
         """Waits for every rank's file; what each is, by name. A rank that fails ends the run."""
-        files = {}
+        found = {}
         for rank in range(self._world.size):
             path = temporary / f"rank_{rank:05d}.json"
             while not path.exists():
                 time.sleep(_POLL_SECONDS)
-            files[f"{path.stem}.safetensors"] = json.loads(path.read_text(encoding="utf-8"))
+            found[f"{path.stem}.safetensors"] = json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
-        return files
+        return found
 
     def _commit(self, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-        manifest = {"format": checkpoint.FORMAT, **manifest}
-        manifest["sha256"] = checkpoint.manifest_checksum(manifest)
-        _write_json(temporary / checkpoint.MANIFEST, manifest)
-        _flush_folder(temporary)
-        if final.exists():  # a damaged one: a whole one would have been continued from
-            shutil.rmtree(final.rename(self._folder / f".tmp-damaged-{final.name}"))
+        manifests.write(temporary, manifest)
+        files.flush_folder(temporary)
+        if os.path.lexists(final):  # damaged: a whole one would have been continued from
+            aside = checkpoint.set_aside(final)
+            say(f"what was {final} could not be used; it is kept as {aside.name}")
         temporary.rename(final)
-        _flush_folder(self._folder)
-        checkpoint.prune(
-            self._folder,
-            step=manifest["step"],
-            newest=self._trainer.keep_checkpoints,
-            best=self._trainer.keep_best,
-            every=self._trainer.keep_every,
+        files.flush_folder(self.folder)
+        self.last = Checkpoint(final, manifest)
+
+    def _amend(self, state: Mapping[str, Any]) -> None:
+        last = self.last
+        if last is None or last.path.is_symlink():  # to a folder that is not the run's
+            return
+        manifest = {**last.manifest, "state": {**last.state, **state}}
+        try:
+            manifests.write(last.path, manifest)
+        except OSError as error:
+            raise self._cannot_write(last.path, error) from error
+        self.last = Checkpoint(last.path, manifest)
+        self._prune(last.step)
+
+    def _prune(self, step: int) -> None:
+        keep = self._trainer
+        try:
+            checkpoint.prune(
+                self.folder,
+                step=step,
+                newest=keep.keep_checkpoints,
+                best=keep.keep_best,
+                every=keep.keep_every,
+            )
+        except OSError as error:
+            say(f"an old checkpoint in {self.folder} cannot be removed: {files.cause(error)}")
+
+    def _cannot_write(self, path: Path, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write checkpoint {path}: {files.cause(error)}; older checkpoints are "
+            "untouched: start again with the same --workdir to go on"
         )
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Writes a file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        _flush(file)
-    temporary.replace(path)
-
-
-def _flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
