@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from flashtrain import files
 from flashtrain.errors import UserError
 
 _WARM_UP = 9  # steps before the first one that is profiled by count
@@ -19,7 +20,7 @@ def parse_steps(text: str) -> range:
     Raises:
         UserError: it is neither.
     """
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
     if match and match[2] is None and int(match[1]):
         return range(_WARM_UP + 1, _WARM_UP + 1 + int(match[1]))
     if match and match[2] is not None and 1 <= int(match[1]) <= int(match[2]):
@@ -63,18 +64,27 @@ class StepProfiler:
             return None
         if self._on_gpu:
             torch.cuda.synchronize()
-        self._profile.stop()
+        profile, self._profile = self._profile, None
+        profile.stop()
+        try:
+            written = self._write(profile)
+        except (OSError, RuntimeError) as error:  # torch's files raise the latter
+            reason = files.cause(error) if isinstance(error, OSError) else error
+            return f"cannot write the profile to {self._base.parent}: {reason}; training goes on"
+        finally:
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)
+        return f"wrote a profile of {len(self._steps)} steps to {written}"
+
+    def _write(self, profile: torch.profiler.profile) -> str:
         self._base.parent.mkdir(parents=True, exist_ok=True)
-        trace = f"{self._base}.trace.json.gz"
-        self._profile.export_chrome_trace(trace)
-        self._profile = None
-        written = trace
+        written = f"{self._base}.trace.json.gz"
+        profile.export_chrome_trace(written)
         if self._on_gpu:
             snapshot = f"{self._base}.memory.pickle"
             torch.cuda.memory._dump_snapshot(snapshot)
-            torch.cuda.memory._record_memory_history(enabled=None)
             written += f" and {snapshot}"
-        return f"wrote a profile of {len(self._steps)} steps to {written}"
+        return written
 
     def _start(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
