@@ -37,8 +37,8 @@ def test_stops_after_ten_bad_steps_in_a_row(tmp_path: Path) -> None:
         assert "(1 in a row); not finite, from micro batch 0 (samples 8 to 15)" in skipped[0]
         assert result.stderr.splitlines()[-1] == (
             "error: loss or gradient was not finite or spiked 10 steps in a row, up to step 11; "
-            f"the last good checkpoint is kept in {run / 'checkpoints'}: lower optim.lr, or use "
-            "precision bf16 or fp32, in another --workdir"
+            f"the last good checkpoint, of step 1, is kept in {run / 'checkpoints'}: lower "
+            "optim.lr, or use precision bf16 or fp32, in another --workdir"
         )
         assert train_binary.checkpoint_steps(run) == [1]
         assert not (run / "summary.json").exists()

@@ -127,7 +127,7 @@ def test_tensorboard_is_whole_after_a_kill(
 
 
 @pytest.mark.parametrize("listener", ["reads on", "leaves"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_leaves(
     number: signal.Signals,
     listener: str,

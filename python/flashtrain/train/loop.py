@@ -6,11 +6,9 @@ continued ends bit for bit like one that was not, given the same number of ranks
 """
 
 import contextlib
-import errno
+import dataclasses
 import json
-import math
 import os
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,19 +16,17 @@ from typing import Any
 
 import torch
 
-from flashtrain import distributed
+from flashtrain import distributed, files
 from flashtrain.data import BatchLoader
 from flashtrain.distributed import World
+from flashtrain.environment import on_stop_signals
 from flashtrain.errors import RunInterruptedError, TrainingDivergedError, UserError
 from flashtrain.eval import parse_benchmarks
 from flashtrain.train import checkpoint, meters
 from flashtrain.train.batches import BatchPlan
 from flashtrain.train.config import RunConfig
 from flashtrain.train.console import answer, say
-from flashtrain.train.ema import Ema
-from flashtrain.train.evaluate import validate
-from flashtrain.train.guard import Guard
-from flashtrain.train.optimizer import Optimizer, decayed_names
+from flashtrain.train.evaluation import Evaluation
 from flashtrain.train.phases import PhaseTimer
 from flashtrain.train.precision import Precision
 from flashtrain.train.profiler import StepProfiler
@@ -41,10 +37,7 @@ from flashtrain.train.saver import Saver
 from flashtrain.train.state import Progress, RunState
 from flashtrain.train.stats import DelayedStats, StepStats
 from flashtrain.train.step import TrainStep
-from flashtrain.train.strategy import Strategy
 from flashtrain.train.task import build_task
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def train(
@@ -82,13 +75,6 @@ def train(
             f"out of GPU memory with a micro batch of {config.data['batch_size']} sequences; lower "
             f"--config.data.batch_size, the global batch stays as it is ({error})"
         ) from error
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        raise UserError(
-            f"cannot write to the run folder {path}: {error.strerror}; what was saved is "
-            "untouched: make room and start again with the same --workdir"
-        ) from error
     # Not after an error: the others would fail for want of this rank before it has told its reason.
     distributed.stop()
 
@@ -110,32 +96,23 @@ class Trainer:
         self.command = command
         self.began = time.perf_counter()
 
-        trainer = config.trainer
-        self.benchmarks = parse_benchmarks(trainer.benchmarks)
+        benchmarks = parse_benchmarks(config.trainer.benchmarks)
         self.plan = BatchPlan(config, world.size)
         self.task = build_task(config, world)
         self.task.model.to(world.device)
-        self.precision = Precision(trainer.precision, world.device)
-        if trainer.low_precision_weights:
-            self.precision.round_weights(self.task.model)
-        decayed = decayed_names(self.task.model)
-        self.strategy = Strategy(config, world, self.task.model, accumulates=self.plan.accumulates)
-        zero1 = self.strategy.name == "zero1"
-        optimizer = Optimizer(self.strategy.shards, decayed, config.optim, zero1=zero1)
-        self.state = RunState(
-            self.strategy,
-            optimizer,
-            self.precision.loss_scale,
-            Guard(world.device, trainer.spike_zscore),
-            Ema(self.strategy, trainer.ema_decay) if trainer.ema_decay else None,
-            Progress(),
+        self.precision = Precision(config.trainer.precision, world.device)
+        self.state = RunState.begin(
+            config, world, self.task.model, self.precision, accumulates=self.plan.accumulates
+        )
+        self.strategy = self.state.strategy
+        self.evaluation = Evaluation(
+            config, world, self.task, self.state, self.precision, self.plan.micro, benchmarks
         )
         self.report = Report(config, world, self.task, self.plan)
-        self.saver = Saver(folder.checkpoints, world, trainer)
+        self.saver = Saver(folder.checkpoints, world, config.trainer)
 
         self.wall_seconds_before = 0.0  # of earlier processes
         self.saved_step: int | None = None
-        self.sample: str | None = None
         self.stopwatch = meters.Stopwatch()
         self.timer = PhaseTimer(world.device)
         self.profiler = StepProfiler(profile, folder.path / "profile", world.rank, world.device)
@@ -148,9 +125,16 @@ class Trainer:
         return self.state.progress
 
     def run(self, resume: bool) -> None:
-        """Resumes, trains to the last step, validates, saves and writes the summary."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        """Resumes, trains to the last step, saves, measures and writes the summary."""
+        try:
+            self._run(resume)
+        finally:
+            with contextlib.suppress(Exception):  # not what the run ends for
+                self.saver.wait()  # for what was begun
+            self.folder.close()
+
+    def _run(self, resume: bool) -> None:
+        on_stop_signals(self._on_signal)
         if self.world.is_main:
             self.folder.open()
         self.world.barrier()
@@ -158,23 +142,22 @@ class Trainer:
         self._resume(required=resume)
         if self._is_finished():
             return
+        progress = self.progress
         with RunLog(
             self.folder if self.world.is_main else None,
-            step=self.progress.step,
+            step=progress.step,
             max_steps=self.config.trainer.max_steps,
+            # A process that was killed may have logged results that its checkpoint does not have.
+            logged_again=progress.not_measured(),
         ) as self.log:
-            self.report.start(self.log, self.progress.step, self.command, self.folder.path)
+            self.report.start(self.log, progress.step, self.command, self.folder.path)
             self._loop()
-            if self.progress.val_step != self.progress.step:
-                self._validate()
-            if self.benchmarks and not self.stop:
-                self._run_benchmarks()
             self._save()
-            self.saver.wait()
-            self._leave_if_stopped()
-        sample = self._write_sample() if self.sample is None else self.sample
+            self._wait_until_saved()
+            sample = self._measure_last()
+        progress.wall_seconds = self._wall_seconds()
         if self.world.is_main:
-            self._finish(sample)
+            self.report.finish(progress, self.stopwatch.total, self.folder, sample)
 
     def _loop(self) -> None:
         trainer, state, progress = self.config.trainer, self.state, self.progress
@@ -189,10 +172,9 @@ class Trainer:
             state.ema,
             self.timer,
         )
-        # A signal may have cut off the validation of the step it saved.
-        if _is_due(progress.step, trainer.eval_every) and progress.val_step != progress.step:
-            self._validate()
-            self._leave_if_stopped()
+        if progress.step < trainer.max_steps:
+            # The process before may have been stopped or killed between a save and what follows.
+            self._evaluate(**self._due())
         loader = BatchLoader(
             self.task,
             first_sample=self.plan.first_sample(progress.step),
@@ -216,23 +198,18 @@ class Trainer:
             self._record(self.delayed.push(progress.step, values))
             self.saver.check()
 
-            evaluate = _is_due(progress.step, trainer.eval_every) and not last
-            save = _is_due(progress.step, trainer.save_every) and not last
-            bench = bool(self.benchmarks) and _is_due(progress.step, trainer.benchmark_every)
+            save, due = _is_due(progress.step, trainer.save_every), self._due()
             if not self.stopwatch.running and (trouble := self.strategy.compile_trouble()):
                 self.log.note(trouble)
             # A process's first step compiles and allocates: it is waited for and not timed.
-            if evaluate or bench or save or last or self.stop or not self.stopwatch.running:
+            if save or any(due.values()) or last or self.stop or not self.stopwatch.running:
                 self._record(self.delayed.flush())
                 self.stopwatch.stop()
-                if evaluate and not self.stop:
-                    self._validate()
-                if bench and not last and not self.stop:
-                    self._run_benchmarks()
-                if (save and not progress.bad_in_a_row) or self.stop:
-                    self._save()
+                if ((save or due["benchmarks"]) and not progress.bad_in_a_row) or self.stop:
+                    self._save()  # first: what follows may take long, and may fail
                 self._leave_if_stopped()
                 if not last:
+                    self._evaluate(**due)
                     self.stopwatch.start()
         loader.close()
 
@@ -258,16 +235,9 @@ class Trainer:
             )
 
     def _check_skipped(self, stats: StepStats) -> None:
-        progress, loss_scale = self.progress, self.precision.loss_scale
+        progress = self.progress
         progress.skipped_steps += stats.skipped
-        # fp16 gradients overflow while the loss scale is searched for; the loss must not.
-        searching = (
-            loss_scale.enabled
-            and stats.loss_scale > 1
-            and math.isfinite(stats.loss)
-            and not math.isfinite(stats.grad_norm)
-        )
-        if not stats.skipped or searching:
+        if not stats.skipped or stats.searches_loss_scale:
             progress.bad_in_a_row = 0
             return
         progress.bad_in_a_row += 1
@@ -276,57 +246,49 @@ class Trainer:
             self._wait_until_saved()
             raise TrainingDivergedError(
                 f"loss or gradient was not finite or spiked {progress.bad_in_a_row} steps in a "
-                f"row, up to step {stats.step}; the last good checkpoint is kept in "
-                f"{self.folder.checkpoints}: lower optim.lr, or use precision bf16 or fp32, in "
-                "another --workdir"
+                f"row, up to step {stats.step}; {self._last_good()}: lower optim.lr, or use "
+                "precision bf16 or fp32, in another --workdir"
             )
 
-    def _validate(self) -> None:
-        averaged = self.state.ema.in_place() if self.state.ema else contextlib.nullcontext()
-        with averaged:
-            metrics = validate(
-                self.task,
-                self.strategy,
-                self.world,
-                self.precision,
-                self.plan.micro,
-                interrupted=lambda: self.signaled,
-            )
-            if metrics is None:
-                self.stop = True
-                return
-            step = self.progress.step
-            self.progress.metrics, self.progress.val_step = metrics, step
-            self.sample = self._write_sample()
-        shown = ", ".join(f"validation {name} {value:.4f}" for name, value in metrics.items())
-        self.log.note(f"step {step}: {shown}")
-        self.log.scalars(
-            step,
-            {f"val/{name}": value for name, value in metrics.items()}
-            | {"train/parameter_norm": self.strategy.parameter_norm().item()},
-        )
-        self.log.text(step, "sample", self.sample)
-        self.log.flush()
+    def _due(self) -> dict[str, bool]:
+        """What is to be measured of the step."""
+        trainer, step = self.config.trainer, self.progress.step
+        return {
+            "validation": _is_due(step, trainer.eval_every),
+            "benchmarks": bool(trainer.benchmarks) and _is_due(step, trainer.benchmark_every),
+        }
 
-    def _run_benchmarks(self) -> None:
-        averaged = self.state.ema.in_place() if self.state.ema else contextlib.nullcontext()
-        with averaged:
-            results = self.task.run_benchmarks(
-                self.benchmarks, self.world, self.precision, self.plan.micro
-            )
-        self.progress.benchmarks = results
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
-        self.log.note(f"step {self.progress.step}: {shown}")
-        self.log.scalars(self.progress.step, {f"eval/{k}": v for k, v in results.items()})
+    def _measure_last(self) -> str:
+        """All there is to measure of the last step, which has been saved; gives a sample."""
+        try:
+            self._evaluate(validation=True, benchmarks=True)
+            sample = self.evaluation.sample()
+        except RunInterruptedError:
+            raise
+        except (OSError, UserError) as error:
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"{error.filename or 'a file'}: {files.cause(error)}"
+            raise UserError(
+                f"step {self.progress.step} is saved, but could not be measured: {reason}; start "
+                f"again with --workdir={self.folder.path} to measure it"
+            ) from error
+        self._wait_until_saved()
+        return sample
 
-    def _write_sample(self) -> str:
-        """What the model writes now; nothing if that is not asked for or its loss is no number."""
-        trainer = self.config.trainer
-        if not trainer.sample_tokens or not math.isfinite(self.progress.metrics["loss"]):
-            return ""
-        if not self.world.is_main and not self.strategy.lockstep:
-            return ""
-        return self.task.write_sample(self.precision, trainer.sample_tokens, trainer.seed)
+    def _evaluate(self, *, validation: bool, benchmarks: bool) -> None:
+        """Measures the step unless that was done; its checkpoint, if there is one, learns it."""
+        progress = self.progress
+        before = progress.val_step, progress.benchmark_step
+        if validation and progress.val_step != progress.step:
+            finished = self.evaluation.validate(self.log, interrupted=lambda: self.signaled)
+            self.stop |= not finished
+        if benchmarks and not self.stop and progress.benchmark_step != progress.step:
+            self.evaluation.run_benchmarks(self.log)
+        measured = before != (progress.val_step, progress.benchmark_step)
+        if measured and self.saved_step == progress.step:
+            self.saver.amend({"progress": dataclasses.asdict(progress)})
+        self._leave_if_stopped()
 
     def _resume(self, *, required: bool) -> None:
         """Takes up the newest whole checkpoint, if there is one."""
@@ -341,7 +303,13 @@ class Trainer:
                     "--resume out to start over"
                 )
         else:
-            self.state.restore(found, self.config, self.task.config_class)
+            self.state.restore(found, self.config, self.task.config_class, self.task.metadata)
+            if not self.state.are_finite(self.world):
+                raise TrainingDivergedError(
+                    f"weights or moments in {found.path} are not finite; move it out of "
+                    f"{self.folder.checkpoints} to go on from the checkpoint before it"
+                )
+            self.saver.last = found
             progress = self.progress
             self.saved_step = progress.step
             self.wall_seconds_before = progress.wall_seconds
@@ -372,11 +340,21 @@ class Trainer:
         progress = self.progress
         if self.saved_step == progress.step:
             return
+        if not self.state.are_finite(self.world):
+            self._wait_until_saved()
+            raise TrainingDivergedError(
+                f"weights or moments are not finite after step {progress.step}, which is not "
+                f"saved; {self._last_good()}: lower optim.lr, raise optim.eps, or use precision "
+                "bf16 or fp32, in another --workdir"
+            )
         self.saved_step = progress.step
         progress.wall_seconds = self._wall_seconds()
         progress.timed_steps = self.stopwatch.steps
         progress.timed_samples = self.stopwatch.samples
         progress.timed_seconds = self.stopwatch.seconds
+        if self.world.is_main and self.folder.was_removed():
+            self.log.note(f"{self.folder.path} was removed while the run goes on; it is made again")
+            self.folder.open()
         self.log.flush()
         manifest = {
             "config": self.config.to_dict(),
@@ -385,6 +363,13 @@ class Trainer:
             "state": self.state.plain(),
         }
         self.saver.save(progress.step, self.state.tensors(self.world), manifest)
+
+    def _last_good(self) -> str:
+        if self.saved_step is None:
+            return "no checkpoint was saved before"
+        return (
+            f"the last good checkpoint, of step {self.saved_step}, is kept in {self.saver.folder}"
+        )
 
     def _wait_until_saved(self) -> None:
         """Returns when the last checkpoint is whole: a rank that leaves takes the others along."""
@@ -403,15 +388,6 @@ class Trainer:
                 f"with --workdir={self.folder.path} to continue"
             )
             raise RunInterruptedError
-
-    def _finish(self, sample: str) -> None:
-        """Writes the summary, and prints it after a sample."""
-        self.progress.wall_seconds = self._wall_seconds()
-        summary = self.report.summary(self.progress, self.stopwatch.total, self.folder.path)
-        self.folder.write_summary(summary)
-        if sample:
-            answer(f"--- generated text ---\n{sample}\n----------------------")
-        answer(json.dumps(summary))
 
     def _wall_seconds(self) -> float:
         return self.wall_seconds_before + time.perf_counter() - self.began

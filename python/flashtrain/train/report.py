@@ -10,7 +10,9 @@ from flashtrain.distributed import World
 from flashtrain.train import meters
 from flashtrain.train.batches import BatchPlan
 from flashtrain.train.config import RunConfig
+from flashtrain.train.console import answer
 from flashtrain.train.meters import Speed
+from flashtrain.train.run_folder import RunFolder
 from flashtrain.train.run_log import RunLog, finite_or_none
 from flashtrain.train.schedule import learning_rate
 from flashtrain.train.state import Progress
@@ -107,6 +109,20 @@ class Report:
         for _, samples in found[:_SHOWN_MICRO_BATCHES]:
             lines += [f"  {line}" for line in self._task.describe(samples).splitlines()]
         log.note("\n".join(lines))
+
+    def finish(
+        self, progress: Progress, total: Speed | None, folder: RunFolder, sample: str
+    ) -> None:
+        """Writes the summary, and prints it after a sample.
+
+        Raises:
+            UserError: the disk does not take it.
+        """
+        summary = self.summary(progress, total, folder.path)
+        folder.write_summary(summary)
+        if sample:
+            answer(f"--- generated text ---\n{sample}\n----------------------")
+        answer(json.dumps(summary))
 
     def summary(self, progress: Progress, total: Speed | None, workdir: object) -> dict[str, Any]:
         """The outcome of a run, as JSON can hold it."""

@@ -3,10 +3,14 @@
 The position in the data and in the schedule is no state of its own: it is the step.
 """
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from flashtrain.distributed import World
 from flashtrain.errors import UserError
@@ -15,8 +19,8 @@ from flashtrain.train.checkpoint import Checkpoint, Reader
 from flashtrain.train.config import RunConfig, contradictions
 from flashtrain.train.ema import Ema
 from flashtrain.train.guard import Guard
-from flashtrain.train.optimizer import Optimizer
-from flashtrain.train.precision import LossScale
+from flashtrain.train.optimizer import Optimizer, decayed_names
+from flashtrain.train.precision import LossScale, Precision
 from flashtrain.train.saver import Held
 from flashtrain.train.strategy import Shard, Strategy
 
@@ -32,12 +36,38 @@ class Progress:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation
     val_step: int = 0  # when that was
     benchmarks: dict[str, float] = dataclasses.field(default_factory=dict)  # the last results
+    benchmark_step: int = 0  # when that was
     skipped_steps: int = 0
     bad_in_a_row: int = 0  # skipped steps up to now
     wall_seconds: float = 0.0  # from the start of each process
     timed_steps: int = 0  # see meters.Stopwatch
     timed_samples: int = 0
     timed_seconds: float = 0.0
+
+    def not_measured(self) -> list[str]:
+        """Prefixes of the scalars that are to come from measuring this step."""
+        steps = {"val/": self.val_step, "eval/": self.benchmark_step}
+        return [prefix for prefix, step in steps.items() if step != self.step]
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Progress":
+        """What `dataclasses.asdict` gave. Raises ValueError or TypeError where it is not that."""
+        found = cls(**plain)
+        for field in dataclasses.fields(cls):
+            value, default = getattr(found, field.name), getattr(cls(), field.name)
+            if isinstance(default, dict):
+                fits = isinstance(value, dict) and all(map(_is_number, value.values()))
+            elif type(default) is int:
+                fits = type(value) is int and 0 <= value < 2**63
+            else:
+                fits = _is_number(value) or (value is None and default is None)
+            if not fits:
+                raise ValueError(f"{field.name} is {value!r:.80}")
+        return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass
@@ -50,6 +80,36 @@ class RunState:
     guard: Guard
     ema: Ema | None
     progress: Progress
+
+    @classmethod
+    def begin(
+        cls,
+        config: RunConfig,
+        world: World,
+        model: nn.Module,
+        precision: Precision,
+        *,
+        accumulates: bool,
+    ) -> "RunState":
+        """The state before the first step; takes the model, which is on the device, apart.
+
+        Args:
+            accumulates: some step takes several micro batches.
+        """
+        trainer = config.trainer
+        if trainer.low_precision_weights:
+            precision.round_weights(model)
+        decayed = decayed_names(model)
+        strategy = Strategy(config, world, model, accumulates=accumulates)
+        zero1 = strategy.name == "zero1"
+        return cls(
+            strategy,
+            Optimizer(strategy.shards, decayed, config.optim, zero1=zero1),
+            precision.loss_scale,
+            Guard(world.device, trainer.spike_zscore),
+            Ema(strategy, trainer.ema_decay) if trainer.ema_decay else None,
+            Progress(),
+        )
 
     def tensors(self, world: World) -> dict[str, Held]:
         """This rank's part of the tensors to save, about an equal share of all."""
@@ -73,15 +133,39 @@ class RunState:
             "rng": rng.rng_state(),
         }
 
-    def restore(self, saved: Checkpoint, config: RunConfig, model_class: type) -> None:
-        """Takes up a checkpoint; `model_class` is the dataclass of the config's section `model`.
+    def are_finite(self, world: World) -> bool:
+        """Whether all that a checkpoint would hold is finite, on every rank; waits for the device.
+
+        An update can make weights of finite gradients that are not: a square that overflows, a
+        division by an eps of 0.
+        """
+        finite = all_finite([held.tensor for held in self.tensors(world).values()])
+        bad = torch.tensor(0.0 if finite else 1.0, device=world.device)
+        return not world.sum(bad).item()
+
+    def restore(
+        self,
+        saved: Checkpoint,
+        config: RunConfig,
+        model_class: type,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Takes up a checkpoint.
+
+        Args:
+            model_class: the dataclass of the config's section `model`.
+            data: the run's `Task.metadata`.
 
         Raises:
-            UserError: the config contradicts the checkpoint's, or the model is another one; nothing
-                has been changed then.
+            UserError: the config contradicts the checkpoint's, the data or the model is another
+                one, or the checkpoint is not one that a run writes.
         """
-        # 1. The config: nothing is loaded that belongs to another run.
-        _refuse_contradictions(saved, config, model_class)
+        # 1. Config and data: nothing is loaded that belongs to another run.
+        _refuse_contradictions(saved, config, model_class, data or {})
+        with _understood(saved):
+            progress = Progress.from_plain(saved.state["progress"])
+            if progress.step != saved.step:
+                raise ValueError(f"the progress is of step {progress.step}")
         # 2. The files, whose checksums have been verified; no code in them is run.
         reader = Reader(saved)
         shapes = {shard.name: shard.shape for shard in self.strategy.shards}
@@ -101,12 +185,14 @@ class RunState:
             }
             if moments:
                 self.optimizer.load_state(shard, moments)
+        self.strategy.weights_written()
         # 5. Loss scale, guard, and random states after all that draws numbers while it is built.
-        self.loss_scale.load_state(saved.state["loss_scale"])
-        self.guard.load_state(saved.state["guard"])
-        rng.set_rng_state(saved.state["rng"])
+        with _understood(saved):
+            self.loss_scale.load_state(saved.state["loss_scale"])
+            self.guard.load_state(saved.state["guard"])
+            rng.set_rng_state(saved.state["rng"])
         # 6. Counters; with the step comes the position in the data and in the schedule.
-        self.progress = Progress(**saved.state["progress"])
+        self.progress = progress
 
     def _shards_to_save(self, world: World) -> list[Shard]:
         owned = list(self.optimizer.owned)
@@ -123,6 +209,20 @@ class RunState:
         return mine
 
 
+@torch.no_grad()
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether every number is finite; one pass over the memory, then waits for the device."""
+    by_kind: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    # Largest magnitudes, which overflow in no dtype as sums of squares would.
+    largest = [
+        torch.stack(torch._foreach_norm(group, float("inf"))).max() for group in by_kind.values()
+    ]
+    return all(math.isfinite(value.item()) for value in largest)
+
+
 def _rows(reader: Reader, name: str, shard: Shard) -> torch.Tensor:
     """The rows of a saved tensor that belong to a shard."""
     if shard.first_row is None or not reader.shape(name):
@@ -136,8 +236,31 @@ def _copy_rows(reader: Reader, name: str, shard: Shard, target: torch.Tensor) ->
         target.copy_(_rows(reader, name, shard))
 
 
-def _refuse_contradictions(saved: Checkpoint, config: RunConfig, model_class: type) -> None:
-    differing = contradictions(saved.manifest["config"], config.to_dict(), model_class)
+@contextlib.contextmanager
+def _understood(saved: Checkpoint) -> Iterator[None]:
+    """Around what reads the state of a checkpoint, whose signature says little of its content."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as e:
+        raise saved.unusable(f"its state is no run's: {type(e).__name__}: {e}") from e
+
+
+def _refuse_contradictions(
+    saved: Checkpoint, config: RunConfig, model_class: type, data: Mapping[str, Any]
+) -> None:
+    now = config.to_dict()
+    with _understood(saved):
+        before = saved.section("config")
+        fingerprints = saved.section("data").get("fingerprint"), data.get("fingerprint")
+        if all(fingerprints):
+            if fingerprints[0] != fingerprints[1]:
+                raise UserError(
+                    f"the data is not that of the checkpoint {saved.path}: its checksum was "
+                    f"{fingerprints[0]!r:.20}, now it is {fingerprints[1]!r:.20}; give the same "
+                    "data or choose another --workdir"
+                )
+            before, now = _without_place(before), _without_place(now)  # it may have moved
+        differing = contradictions(before, now, model_class)
     if differing:
         shown = ", ".join(differing[:_SHOWN_KEYS])
         more = len(differing) - _SHOWN_KEYS
@@ -146,3 +269,9 @@ def _refuse_contradictions(saved: Checkpoint, config: RunConfig, model_class: ty
             f"{f' and {more} more keys' if more > 0 else ''}; give the same values or choose "
             "another --workdir"
         )
+
+
+def _without_place(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that does not say where its data is."""
+    data = {key: v for key, v in config["data"].items() if key not in ("path", "source")}
+    return {**config, "data": data}

@@ -23,6 +23,14 @@ class StepStats:
         loss, grad_norm, skipped, loss_scale, stop, *micro_losses = values
         return cls(step, loss, grad_norm, skipped != 0, loss_scale, stop != 0, micro_losses)
 
+    @property
+    def searches_loss_scale(self) -> bool:
+        """Whether fp16 gradients have overflowed while the loss scale is searched for, which they
+        may; the loss must not."""
+        return (
+            self.loss_scale > 1 and math.isfinite(self.loss) and not math.isfinite(self.grad_norm)
+        )
+
     def worst_micro_batches(self) -> list[int]:
         """Those whose loss is not finite, or else the one with the largest."""
         bad = [i for i, loss in enumerate(self.micro_losses) if not math.isfinite(loss)]

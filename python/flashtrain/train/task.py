@@ -15,6 +15,7 @@ from flashtrain.distributed import World
 from flashtrain.errors import UserError, did_you_mean
 from flashtrain.eval import Scorer, run_benchmarks
 from flashtrain.models.gpt import GPT, GPTConfig
+from flashtrain.models.wrapping import evaluating
 from flashtrain.train import rng
 from flashtrain.train.build import build_dataset, build_model
 from flashtrain.train.config import RunConfig, check_size
@@ -38,7 +39,8 @@ class Task(Protocol):
         flops_per_item: floating-point operations of the model, forward and backward.
         causal_flops_per_item: the same without what a causal mask hides.
         num_parameters: as it is told to the user.
-        metadata: of the data, such as its tokenizer; JSON that checkpoints keep under "data".
+        metadata: of the data, such as its tokenizer; JSON that checkpoints keep under "data". With
+            a `fingerprint` of what the data holds, a run goes on wherever the data is.
         model: on the CPU in fp32. `model(*batch)` is the mean loss of a batch, an fp32 scalar.
             `model.blocks` is an nn.ModuleList of what FSDP2 shards one by one.
     """
@@ -100,6 +102,7 @@ class LanguageModelTask:
         self.metadata = {
             "tokenizer": self._dataset.tokenizer.name,
             "vocab_size": self._dataset.vocab_size,
+            "fingerprint": self._dataset.fingerprint,
         }
 
     def train_samples(
@@ -139,17 +142,16 @@ class LanguageModelTask:
         self, files: Mapping[str, Path], world: World, precision: Precision, batch_size: int
     ) -> dict[str, float]:
         """Benchmarks of `flashtrain.eval`, with the weights as they are now."""
-        return run_benchmarks(
-            files,
-            Scorer(
-                self.model,
-                self._dataset.tokenizer,
-                self.model.config.max_seq_len,
-                batch_size,
-                world,
-                precision.autocast,
-            ),
+        scorer = Scorer(
+            self.model,
+            self._dataset.tokenizer,
+            self.model.config.max_seq_len,
+            batch_size,
+            world,
+            precision.autocast,
         )
+        with evaluating(self.model):  # without dropout
+            return run_benchmarks(files, scorer)
 
     def describe(self, samples: range) -> str:
         """A line for each of the first samples: where it lies in the data, how its text begins."""
