@@ -7,12 +7,14 @@ data, optim and trainer. Keys that it leaves out have the defaults of `flashtrai
 classes. Every mistake is a UserError of one line.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
-import os
+import numbers
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from flashtrain import files
 from flashtrain.errors import UserError, did_you_mean
+from flashtrain.errors.ranges import shown
 
 _EXPERIMENTS = Path(__file__).absolute().parent
 _FLAG = "--config"
@@ -39,13 +43,6 @@ class CommandLine:
     name: str  # of the recipe and its variant: gpt3l-8k
     config: dict[str, dict[str, Any]]  # sections of plain values
     values: flags.FlagValues  # the program's own flags
-
-
-def enter_user_folder() -> None:
-    """Relative paths mean the user's folder, also where `bazel run` has started us elsewhere."""
-    folder = os.environ.get("BUILD_WORKING_DIRECTORY")
-    if folder:
-        os.chdir(folder)
 
 
 def parse(
@@ -112,14 +109,14 @@ def flag_lines(values: flags.FlagValues) -> list[tuple[str, str]]:
 
 def help_text(program: str, values: flags.FlagValues, default_config: str) -> str:
     """The flags of a program, shortly."""
-    shown = ", ".join(f"configs/{path.name}" for path in recipes())
+    known = ", ".join(f"configs/{path.name}" for path in recipes())
     rows = [
         ("--config=<file>[:<variant>]", f"the recipe (default: {default_config})"),
         ("--config.<section>.<key>=<value>", "change one key of it; --print_config shows them all"),
         *flag_lines(values),
     ]
     lines = [f"  {flag:<34} {text}" for flag, text in rows]
-    return "\n".join([f"usage: {program} [flags]", "", *lines, "", f"recipes: {shown}"])
+    return "\n".join([f"usage: {program} [flags]", "", *lines, "", f"recipes: {known}"])
 
 
 def recipes() -> list[Path]:
@@ -156,23 +153,45 @@ def _split_off_recipe(argv: Sequence[str], default: str) -> tuple[str, list[str]
 
 def _find(recipe: str) -> tuple[Path, str | None]:
     """The file and the argument of `file[.py][:argument]`, relative to here or to this package."""
-    name, colon, argument = recipe.partition(":")
-    for folder in (Path.cwd(), _EXPERIMENTS, _EXPERIMENTS / "configs"):
-        for suffix in ("", ".py"):
-            path = folder / Path(name + suffix).expanduser()
-            if path.suffix == ".py" and path.is_file():
-                return path, argument if colon else None
+    parts = recipe.split(":")  # a path may hold colons too
+    for count in range(len(parts), 0, -1):
+        name, argument = ":".join(parts[:count]), ":".join(parts[count:])
+        for folder in (Path.cwd(), _EXPERIMENTS, _EXPERIMENTS / "configs"):
+            for suffix in ("", ".py"):
+                path = folder / _expanded(name + suffix)
+                if path.suffix == ".py" and _is_there(path):
+                    return path, argument if count < len(parts) else None
     known = {f"configs/{path.name}": path for path in recipes()}
-    by_stem = {path.stem: shown for shown, path in known.items()}
-    stem = Path(name).name.removesuffix(".py")
+    by_stem = {path.stem: name for name, path in known.items()}
+    stem = Path(parts[0]).name.removesuffix(".py")
     suggestion = did_you_mean(stem, by_stem)
-    for near, shown in by_stem.items():
-        suggestion = suggestion.replace(f"'{near}'", f"'{shown}'")
-    raise UserError(f"there is no config file {name!r}; {suggestion}")
+    for near, name in by_stem.items():
+        suggestion = suggestion.replace(f"'{near}'", f"'{name}'")
+    raise UserError(f"there is no config file {parts[0]!r}; {suggestion}")
 
 
-def _load(path: Path, argument: str | None) -> Mapping[str, Any]:
-    """What the recipe's get_config returns."""
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # no such user, or HOME is not set
+        raise UserError(f"the path {name!r} cannot be found: {error}") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file. Raises UserError where it is a pipe or a device, or unreachable."""
+    try:
+        files.check_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {files.cause(error)}") from error
+    except ValueError as error:  # no file, or a null byte in the name
+        raise UserError(f"config file {path} cannot be read: {error}") from error
+    return True
+
+
+def _load(path: Path, argument: str | None) -> dict[str, dict[str, Any]]:
+    """The sections that the recipe's get_config returns."""
     root = str(_EXPERIMENTS.parent)
     if root not in sys.path:
         sys.path.append(root)  # recipes share code as experiments.configs.<module>
@@ -180,21 +199,80 @@ def _load(path: Path, argument: str | None) -> Mapping[str, Any]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _errors_of(path):
         spec.loader.exec_module(module)
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from error
-    if not hasattr(module, "get_config"):
-        shown = ", ".join(f"configs/{p.name}" for p in recipes())
-        raise UserError(f"config file {path} has no function get_config; recipes: {shown}")
+    if not callable(getattr(module, "get_config", None)):
+        known = ", ".join(f"configs/{p.name}" for p in recipes())
+        raise UserError(f"config file {path} has no function get_config; recipes: {known}")
+    with _errors_of(path):
+        try:
+            config = module.get_config() if argument is None else module.get_config(argument)
+        except ValueError as error:  # what a recipe has to say about its argument
+            raise UserError(str(error)) from error
+        return _sections(path, config)
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Around a recipe's own code: whatever it raises is one line with its place."""
     try:
-        return module.get_config() if argument is None else module.get_config(argument)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename not in (None, str(path)) else ""
+        raise UserError(f"config file {path} cannot be read: {name}{files.cause(error)}") from error
+    except SyntaxError as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        place = f", line {lines[-1]}" if lines else ""
+        raise UserError(
+            f"config file {path}{place} failed: {type(error).__name__}: {str(error):.300}"
+        ) from error
+
+
+def _sections(path: Path, config: Any) -> dict[str, dict[str, Any]]:
+    """What a recipe gives, as plain data."""
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise UserError(
+            f"config file {path}: get_config must return a ConfigDict, got {shown(config)}"
+        )
+    sections: dict[str, dict[str, Any]] = {}
+    for name, section in config.items():
+        if isinstance(section, ml_collections.ConfigDict):
+            section = section.to_dict()
+        keys = list(section) if isinstance(section, Mapping) else [None]
+        if not all(isinstance(key, str) and key.isidentifier() for key in keys):
+            raise UserError(
+                f"config file {path}: section {name!r} must be a ConfigDict of keys, got "
+                f"{shown(section)}"
+            )
+        sections[name] = {k: _plain(path, f"{name}.{k}", v) for k, v in section.items()}
+    return sections
+
+
+def _plain(path: Path, key: str, value: Any) -> Any:
+    """A value as Python's own type: what numpy makes of a number is one too."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(path, key, v) for v in value)
+    raise UserError(
+        f"config file {path}: {key} must be a number, text, true or false, or a tuple of these, "
+        f"got {type(value).__name__}"
+    )
 
 
 def _with_defaults(
-    recipe: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]], path: Path
+    recipe: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]], path: Path
 ) -> ml_collections.ConfigDict:
     """The recipe's sections, completed; an int in the place of a float becomes one."""
     sections: dict[str, dict[str, Any]] = {}
@@ -208,7 +286,8 @@ def _with_defaults(
         given = dict(recipe.get(section, {}))
         for key, value in default.items():
             if isinstance(value, float) and type(given.get(key)) is int:
-                given[key] = float(given[key])
+                with contextlib.suppress(OverflowError):  # its range is checked with all others
+                    given[key] = float(given[key])
         sections[section] = {**default, **given}
     return ml_collections.ConfigDict(sections)
 
@@ -239,4 +318,4 @@ def _explain_value(message: str, values: flags.FlagValues, config: Any) -> str:
         takes, example = _TYPE_NAMES.get(type(old), type(old).__name__), repr(old)
     else:
         takes, example = _TYPE_NAMES[bool] if values[name].boolean else "text", "true"
-    return f"--{name}={value} is not {takes}; use one such as --{name}={example}"
+    return f"--{name}={value:.80} is not {takes}; use one such as --{name}={example}"

@@ -33,16 +33,32 @@ def test_draws_both_curves_of_each_run(tmp_path):
         assert f"<!-- {label} -->" in picture
 
 
+def test_names_may_hold_what_separates_them(tmp_path):
+    for name in ("lr=0.1,wd=0", "[b] *", "c"):
+        write_run(tmp_path / name, [3.0, 2.0])
+    with open(tmp_path / "c" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "trai')  # which a run is writing now
+    result = plot("--runs=lr=0.1,wd=0,$x=[b] *", "--runs=c=c", "--out=a=b.svg", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    picture = (tmp_path / "a=b.svg").read_text()
+    for label in ("train", "\\$x train", "c train"):
+        assert f"<!-- {label} -->" in picture
+
+
 def test_a_mistake_is_one_line(tmp_path):
     (tmp_path / "a").mkdir()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "metrics.jsonl").write_text('{"step": 1}\n[' + "[" * 100_000 + "\n")
     write_run(tmp_path / "b", [4.0, 3.5])
     for arguments, message in (
         ([], "--runs"),
         (["--runs=a"], "a is no run folder"),
+        (["--runs=b,a=a,b"], "a is no run folder"),
+        (["--runs=d"], "d/metrics.jsonl, line 2 is no entry of a run's metrics"),
         (["--runs=b", "--out=loss.docx"], "cannot write loss.docx"),
         (["--runs=b", "--out=missing/loss.svg"], "cannot write missing/loss.svg"),
     ):
         result = plot(*arguments, folder=tmp_path)
-        assert result.returncode != 0
+        assert result.returncode == 2
         assert message in result.stderr
-        assert "Traceback" not in result.stderr
+        assert len(result.stderr.splitlines()) == 1

@@ -7,10 +7,15 @@
 Exit codes: see flashtrain/errors.
 """
 
+import sys
+
+from flashtrain import environment
+
+if __name__ == "__main__":
+    environment.start()  # before the other imports, which take long
+
 import dataclasses
 import json
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from absl import flags
 
 from experiments import command_line
 from flashtrain.train import launcher
+from flashtrain.train.console import answer
 from flashtrain.train.config import OptimConfig, RunConfig, TrainerConfig
 from flashtrain.train.run_folder import default_workdir, newest_workdir
 
@@ -41,7 +47,7 @@ def defaults(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
         for section, cls in classes.items()
     }
     sections["model"]["family"] = family
-    data = {"source": "", "path": "", "seed": 1111}
+    data = {"source": "", "path": "", "batch_size": 0, "seed": 1111}
     if family == "gpt":
         data["document_mask"] = False
     return sections | {"data": data}
@@ -80,15 +86,14 @@ def _define_flags() -> flags.FlagValues:
 
 def main() -> int:
     """Parses, then trains in this process or launches one process per device."""
-    command_line.enter_user_folder()
     values = _define_flags()
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-        print(command_line.help_text("train", values, _DEFAULT_CONFIG))
+        answer(command_line.help_text("train", values, _DEFAULT_CONFIG))
         return 0
 
     parsed = command_line.parse(sys.argv, _DEFAULT_CONFIG, values, defaults)
     if values.print_config:
-        print(command_line.format_config(parsed.config))
+        answer(command_line.format_config(parsed.config))
         return 0
     from flashtrain.train.profiler import parse_steps
 
@@ -117,15 +122,13 @@ def _dry_run(config: RunConfig, processes: int) -> int:
     from flashtrain import distributed
     from flashtrain.train import estimate, meters
 
-    ranks = int(os.environ.get("WORLD_SIZE", processes))
-    if distributed.resolve_device(config.trainer.device) == "cuda":
-        device = torch.device("cuda", 0)
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        device, memory = torch.device("cpu"), estimate.host_memory() // ranks
+    launched = environment.ranks()
+    ranks = launched.size if launched else processes
+    device = torch.device(distributed.resolve_device(config.trainer.device))
+    memory = estimate.memory_of(device, processes)
     found = estimate.estimate(config, ranks, memory, meters.peak_flops(device))
-    print(found.text())
-    print(json.dumps(found.to_dict()))
+    answer(found.text())
+    answer(json.dumps(found.to_dict()))
     return 0
 
 

@@ -1,6 +1,7 @@
 """From a run's config to its dataset and GPT, with errors that name config keys."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 from flashtrain.data import DataError, TokenDataset, load_dataset
@@ -12,6 +13,10 @@ from flashtrain.train.config import RunConfig
 def build_dataset(config: RunConfig) -> TokenDataset:
     """Loads the data; of the ranks that find it missing one prepares it and the others wait."""
     options = {key: value for key, value in config.data.items() if key != "batch_size"}
+    known = list(inspect.signature(load_dataset).parameters)
+    for key in options:
+        if key not in known:
+            raise UserError(f"config key data.{key} does not exist; {did_you_mean(key, known)}")
     try:
         return load_dataset(**options)
     except DataError as error:

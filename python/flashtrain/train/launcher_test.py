@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flashtrain import environment
 from flashtrain.train import launcher
 
 KILLED, STOPPED = -signal.SIGKILL, -signal.SIGTERM
@@ -113,6 +116,106 @@ def test_a_reader_that_has_left_is_no_error(stream: str, unbuffered: str) -> Non
 
 def test_a_full_disk_is_an_error() -> None:
     with open("/dev/full", "w") as full:
-        result = run_main("console.answer('one')", stdout=full)
-    assert result.returncode != 0
-    assert b"No space left on device" in result.stderr
+        for body in ("console.answer('one')", "print('one')"):
+            result = run_main(body, stdout=full)
+            assert result.returncode == 2
+            assert result.stderr.startswith(b"error: ")
+            assert b"the disk is full; free space there (No space left on device)" in result.stderr
+            assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("open('/nowhere/x')", 2, "error: /nowhere/x: there is no such file or folder"),
+        ("open('/proc/version/x')", 2, "error: /proc/version/x: a part of the path is a file"),
+        ("open('a' * 300)", 2, "error: aaaa"),
+        ("len(3)", 1, "Traceback"),
+        ("(_ for _ in ()).throw(BlockingIOError(11, 'x'))", 2, "error: x"),
+        ("(_ for _ in ()).throw(OSError('AF_UNIX path too long'))", 2, "error: AF_UNIX path"),
+        ("bytearray(2**62)", 2, "error: the machine is out of memory"),
+        ("(_ for _ in ()).throw(RuntimeError(\"can't start new thread\"))", 2, "error: the system"),
+        ("sys.exit(5)", 5, ""),
+        ("sys.exit()", 0, ""),
+    ],
+)
+def test_what_ends_a_program_has_one_line_and_a_code(
+    body: str, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {number: signal.getsignal(number) for number in environment.STOP_SIGNALS}
+    main = eval(f"lambda: {body}", {"sys": sys})
+    assert launcher.run_main(main) == code
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    said = capsys.readouterr().err
+    assert said.startswith(line)
+    assert code == 1 or said.count("\n") <= 1
+
+
+def test_work_that_is_interrupted_may_tidy_up() -> None:
+    body = """
+        import os, signal, sys
+        from flashtrain.train import launcher
+        def main():
+            try:
+                with launcher.interruptible("kept"):
+                    os.kill(os.getpid(), signal.SIGHUP)
+            finally:
+                print("tidy")
+        sys.exit(launcher.run_main(main))
+    """
+    result = python(body)
+    assert (result.returncode, result.stdout, result.stderr) == (129, b"tidy\n", b"kept\n")
+
+
+def test_folders_of_killed_launchers_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "flashtrain-launch-others").write_text("a file is none of ours")
+    body = """
+        import os, sys, tempfile
+        from flashtrain.train import launcher
+        with launcher._folder() as folder:
+            (folder / "error.json").touch()
+            print(folder, flush=True)
+            sys.stdin.read()
+    """
+    with python_process(body, TMPDIR=str(tmp_path)) as process:
+        assert process.stdout is not None
+        other = Path(os.fsdecode(process.stdout.readline().rstrip()))
+        with launcher._folder() as folder:
+            assert folder.parent == other.parent == tmp_path
+            assert other.is_dir()  # its launcher lives
+        assert not folder.exists()
+        process.kill()
+        process.wait()
+    assert other.is_dir()
+    with launcher._folder():
+        assert not other.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["flashtrain-launch-others"]
+
+
+def test_only_children_are_stopped() -> None:
+    with python_process("import sys; sys.stdin.read()") as process:
+        stranger = os.getppid()
+        launcher._stop_child(stranger)  # would end this test
+        launcher._stop_child(process.pid)
+        assert process.wait(10) == -signal.SIGTERM
+        launcher._stop_child(process.pid)  # whose number another may have
+
+
+def python(body: str, **env: str) -> subprocess.CompletedProcess[bytes]:
+    with python_process(body, **env) as process:
+        out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+def python_process(body: str, **env: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(body)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | env,
+    )
