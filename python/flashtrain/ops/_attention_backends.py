@@ -14,12 +14,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.machinery
 import importlib.util
+import inspect
 import itertools
 import json
 import math
 import pathlib
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +65,8 @@ class Request(NamedTuple):
     deterministic: bool
     needs_grad: bool
     compiling: bool  # torch.compile is tracing
+    transforming: bool = False  # torch.func is
+    zero_scale: bool = False  # all scores are 0
 
     @property
     def is_full(self) -> bool:
@@ -71,24 +77,65 @@ class Request(NamedTuple):
         return self.window_left < 0 and self.window_right == 0
 
 
+# --- What is here ---------------------------------------------------------------------------------
+
+# What shows that a package is there, and the module that is used. flash-attn-4 may be there without
+# flash-attn 2, in the same folder.
+_PACKAGES = {
+    "triton": ("triton", "flashtrain.ops._attention_triton"),
+    "flash_attn_2": ("flash_attn_2_cuda", "flash_attn"),
+    "flash_attn_3": ("flash_attn_interface", "flash_attn_interface"),
+    "flash_attn_4": ("flash_attn.cute", "flash_attn.cute"),
+}
+_PEER_ARGUMENTS = {"softmax_scale", "causal", "window_size", "softcap", "deterministic"}
+
+
+def _is_here(module: str) -> bool:
+    """Whether a module can be found. Nothing is imported, not even the package around it."""
+    package, _, name = module.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(package or name)
+    except ValueError:  # it is imported, by something that gave it no spec
+        return True
+    if not package or spec is None:
+        return spec is not None
+    folders = spec.submodule_search_locations
+    return importlib.machinery.PathFinder.find_spec(module, folders) is not None
+
+
 def installed() -> frozenset[str]:
-    """Names of BACKENDS whose code is here (whatever the device)."""
-
-    def has(module: str) -> bool:
-        return importlib.util.find_spec(module) is not None
-
-    names = {"cpu"}
+    """Names of BACKENDS whose code is here, whatever the device. Whether it works is `fault`'s."""
+    names = {"cpu"} | {name for name, (module, _) in _PACKAGES.items() if _is_here(module)}
     if torch.version.cuda is not None:
         names |= {"cudnn", "torch_flash"}
-    if has("triton"):
-        names.add("triton")
-    if has("flash_attn_2_cuda"):
-        names.add("flash_attn_2")
-    if has("flash_attn_interface"):
-        names.add("flash_attn_3")
-    if has("flash_attn") and has("flash_attn.cute"):
-        names.add("flash_attn_4")
     return frozenset(names)
+
+
+@functools.cache
+def _import_fault(backend: str) -> str | None:
+    if backend not in _PACKAGES:
+        return None
+    try:
+        module = importlib.import_module(_PACKAGES[backend][1])
+        if backend == "triton":
+            return None
+        for function in (module.flash_attn_func, module.flash_attn_varlen_func):
+            missing = _PEER_ARGUMENTS - set(inspect.signature(function).parameters)
+            if missing:
+                return f"its {function.__name__} has no {', '.join(sorted(missing))}"
+    except Exception as error:  # whatever the import of a broken package may raise
+        text = " ".join(str(error).split())[:200]
+        return f"it cannot be imported ({type(error).__name__}: {text})"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def fault(backend: str) -> str | None:
+    """What keeps a backend that is installed from working, in a few words; None: nothing.
+
+    This imports its package, so it is for the backend that a call is about to use.
+    """
+    return _import_fault(backend)
 
 
 # --- What each supports ---------------------------------------------------------------------------
@@ -161,10 +208,14 @@ def why_not(backend: str, request: Request) -> str | None:
         return f"it has no {', '.join(missing)}"
     if request.empty:
         return "it takes no empty tensors"
+    if request.zero_scale:  # FlashAttention masks before it scales: -inf * 0
+        return "it takes no softmax_scale of 0"
     if backend == "cudnn" and request.seqlen_q == 1:
         return "it takes no sequence of one query"
     if backend == "flash_attn_2" and request.dropout and request.softcap:
         return "it has no dropout with softcap"
+    if request.transforming:
+        return "torch.func cannot transform it"
     if backend == "flash_attn_4" and request.compiling:
         return "torch.compile cannot trace it"
     return None
@@ -231,21 +282,24 @@ def fastest_first(request: Request, times: list[dict[str, Any]]) -> list[str]:
 
 def choose(
     request: Request,
-    available: Collection[str],
+    unusable: Mapping[str, str],
     times: list[dict[str, Any]],
     forced: str | None = None,
 ) -> str:
-    """The fastest of the available backends that can take the request, or `forced`.
+    """The fastest backend that can take the request, or `forced`.
+
+    Args:
+      request: the call.
+      unusable: why, in a few words, of those of BACKENDS that are not to be taken.
+      times: see `read_times`.
+      forced: the only backend to be taken.
 
     Raises ValueError: the forced backend cannot take the request, or none can; the text says why.
     """
     if forced is not None and forced not in BACKENDS:
         supported = ", ".join(BACKENDS)
         raise ValueError(f"backend: got {forced!r}; supported: None or one of {supported}")
-    reasons = {
-        name: why_not(name, request) if name in available else "it is not installed"
-        for name in BACKENDS
-    }
+    reasons = {name: unusable.get(name) or why_not(name, request) for name in BACKENDS}
     able = [name for name in BACKENDS if reasons[name] is None]
     if forced is not None:
         if reasons[forced] is None:
@@ -261,3 +315,22 @@ def choose(
     if len(able) == 1:
         return able[0]
     return next(name for name in fastest_first(request, times) if name in able)
+
+
+def choose_working(
+    request: Request, missing: Mapping[str, str], times: list[dict[str, Any]], forced: str | None
+) -> str:
+    """`choose`, past the backends whose import fails: those are tried in the order of the choice.
+
+    Args:
+      missing: as `unusable`, of those that are not installed.
+
+    Raises ValueError: as `choose`.
+    """
+    unusable = dict(missing)
+    while True:
+        name = choose(request, unusable, times, forced)
+        found = fault(name)
+        if found is None:
+            return name
+        unusable[name] = found

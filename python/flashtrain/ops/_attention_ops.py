@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashtrain import _kernels
+from flashtrain.ops._autograd import Function, once_differentiable
 from flashtrain.ops._library import launch_context, register, to_kernel
 
 # --- Kernels and fakes ----------------------------------------------------------------------------
@@ -135,7 +135,7 @@ attention_backward = register(
 # --- Autograd -------------------------------------------------------------------------------------
 
 
-class Attention(torch.autograd.Function):
+class Attention(Function):
     """(out, lse). Saves q, k, v, out, lse, and two integers in place of the dropout mask."""
 
     @staticmethod

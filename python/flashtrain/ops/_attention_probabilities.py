@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from flashtrain.ops._attention_peers import Call
 from flashtrain.ops.reference.attention import attention_keep_mask, attention_scores
@@ -20,6 +21,9 @@ def signed_probabilities(
     """
     if rng_state is None:
         return q.new_empty(0)
+    if q.is_meta or is_fake(q):
+        batch = q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
+        return q.new_empty(batch, q.shape[-2], call.max_seqlen_q, call.max_seqlen_k)
     with torch.no_grad():
         if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
             return _one_batch(q, k, lse, rng_state, call, call.alibi_slopes, 0)

@@ -127,6 +127,8 @@ def _shared(q: Tensor, k: Tensor, lse: Tensor, alibi: Tensor | None, options: At
         num_heads // k.shape[-2],
         options.max_seqlen_q,
         options.max_seqlen_k,
+        q.shape[-3],
+        k.shape[-3],
         options.softmax_scale,
         options.softcap,
         options.window_left,
@@ -159,6 +161,16 @@ def _geometry(tile: Tile) -> dict[str, int]:
     }
 
 
+def _grid(side: str, max_seqlen: int, block: int, heads: int, batch: int) -> tuple[int]:
+    programs = triton.cdiv(max_seqlen, block) * heads * batch
+    if programs >= 2**31:
+        raise ValueError(
+            f"max_seqlen_{side}: got {max_seqlen} for {batch} sequences of {heads} heads, "
+            f"{programs} blocks; supported: fewer than 2**31 (the length of the longest sequence)"
+        )
+    return (programs,)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, alibi: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, rng_state: Tensor | None,
@@ -167,7 +179,7 @@ def forward(
     """Fills out and lse."""
     positional, named = _shared(q, k, lse, alibi, options)
     tile = _tile("forward", q.dtype, named["BLOCK_D"], named["HAS_DROPOUT"], q.device)
-    grid = (triton.cdiv(options.max_seqlen_q, tile.block_m) * q.shape[-2] * options.batch,)
+    grid = _grid("q", options.max_seqlen_q, tile.block_m, q.shape[-2], options.batch)
     if grid[0] == 0:
         return
     with torch.cuda.device(q.device):
@@ -187,8 +199,9 @@ def backward(
     delta = torch.empty_like(lse)
     shape = (q.dtype, named["BLOCK_D"], named["HAS_DROPOUT"], q.device)
     dq_tile, dkv_tile = _tile("dq", *shape), _tile("dkv", *shape)
-    dq_grid = (triton.cdiv(options.max_seqlen_q, dq_tile.block_m) * q.shape[-2] * options.batch,)
-    dkv_grid = (triton.cdiv(options.max_seqlen_k, dkv_tile.block_n) * k.shape[-2] * options.batch,)
+    batch = options.batch
+    dq_grid = _grid("q", options.max_seqlen_q, dq_tile.block_m, q.shape[-2], batch)
+    dkv_grid = _grid("k", options.max_seqlen_k, dkv_tile.block_n, k.shape[-2], batch)
     with torch.cuda.device(q.device):
         if dq_grid[0] > 0:
             attention_backward_dq_kernel[dq_grid](

@@ -75,7 +75,7 @@ def attention_backward_dq_kernel(
     dout_row_stride, dout_head_stride, dout_batch_stride,
     dq_row_stride, dq_head_stride, dq_batch_stride,
     lse_head_stride, lse_batch_stride, alibi_batch_stride,
-    num_heads, group, max_seqlen_q, max_seqlen_k,
+    num_heads, group, max_seqlen_q, max_seqlen_k, total_q, total_k,
     scale, softcap, window_left, window_right, threshold, keep_scale,
     VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -87,8 +87,8 @@ def attention_backward_dq_kernel(
     first_query = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     head = tl.program_id(0) // blocks % num_heads
     batch = tl.program_id(0) // blocks // num_heads
-    q_start, seqlen_q = sequence(cu_seqlens_q, batch, max_seqlen_q, VARLEN)
-    k_start, seqlen_k = sequence(cu_seqlens_k, batch, max_seqlen_k, VARLEN)
+    q_start, seqlen_q = sequence(cu_seqlens_q, batch, max_seqlen_q, total_q, VARLEN)
+    k_start, seqlen_k = sequence(cu_seqlens_k, batch, max_seqlen_k, total_k, VARLEN)
     if first_query >= seqlen_q:
         return
     if VARLEN:
@@ -260,7 +260,7 @@ def attention_backward_dkv_kernel(
     dk_row_stride, dk_head_stride, dk_batch_stride,
     dv_row_stride, dv_head_stride, dv_batch_stride,
     lse_head_stride, lse_batch_stride, alibi_batch_stride,
-    num_heads, group, max_seqlen_q, max_seqlen_k,
+    num_heads, group, max_seqlen_q, max_seqlen_k, total_q, total_k,
     scale, softcap, window_left, window_right, threshold, keep_scale,
     VARLEN: tl.constexpr, EVEN_M: tl.constexpr, ONE_HEAD: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
@@ -277,8 +277,8 @@ def attention_backward_dkv_kernel(
     kv_heads = num_heads // group
     kv_head = tl.program_id(0) // blocks % kv_heads
     batch = tl.program_id(0) // blocks // kv_heads
-    q_start, seqlen_q = sequence(cu_seqlens_q, batch, max_seqlen_q, VARLEN)
-    k_start, seqlen_k = sequence(cu_seqlens_k, batch, max_seqlen_k, VARLEN)
+    q_start, seqlen_q = sequence(cu_seqlens_q, batch, max_seqlen_q, total_q, VARLEN)
+    k_start, seqlen_k = sequence(cu_seqlens_k, batch, max_seqlen_k, total_k, VARLEN)
     if first_key >= seqlen_k:
         return
     if VARLEN:

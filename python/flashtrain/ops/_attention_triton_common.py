@@ -13,20 +13,25 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 # Arguments whose value 1 or divisibility by 16 is not worth a compilation of its own.
 UNSPECIALIZED = [
-    "num_heads", "group", "max_seqlen_q", "max_seqlen_k", "window_left", "window_right",
-    "threshold", "lse_head_stride", "lse_batch_stride", "alibi_batch_stride",
+    "num_heads", "group", "max_seqlen_q", "max_seqlen_k", "total_q", "total_k", "window_left",
+    "window_right", "threshold", "lse_head_stride", "lse_batch_stride", "alibi_batch_stride",
 ]  # fmt: skip
 
 
 @triton.jit
-def sequence(cu_seqlens, batch, max_seqlen, VARLEN: tl.constexpr):
+def sequence(cu_seqlens, batch, max_seqlen, total, VARLEN: tl.constexpr):
     """First row of a sequence in its tensor's [rows, heads, D], and its length.
 
-    With cu_seqlens the rows of all sequences follow each other; without, each has max_seqlen.
+    With cu_seqlens the rows of all sequences follow each other, `total` in all; without, each has
+    max_seqlen. Bounds that are wrong give wrong results, but lead to no row outside the tensor.
     """
     if VARLEN:
+        total = tl.cast(total, tl.int64)
         start = tl.load(cu_seqlens + batch).to(tl.int64)
-        return start, (tl.load(cu_seqlens + batch + 1).to(tl.int64) - start).to(tl.int32)
+        start = tl.minimum(tl.maximum(start, 0), total)
+        end = tl.load(cu_seqlens + batch + 1).to(tl.int64)
+        end = tl.minimum(tl.maximum(end, start), total)
+        return start, (end - start).to(tl.int32)
     else:
         return tl.cast(batch, tl.int64) * max_seqlen, max_seqlen
 

@@ -62,7 +62,7 @@ def attention_forward_kernel(
     v_row_stride, v_head_stride, v_batch_stride,
     out_row_stride, out_head_stride, out_batch_stride,
     lse_head_stride, lse_batch_stride, alibi_batch_stride,
-    num_heads, group, max_seqlen_q, max_seqlen_k,
+    num_heads, group, max_seqlen_q, max_seqlen_k, total_q, total_k,
     scale, softcap, window_left, window_right, threshold, keep_scale,
     VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -75,8 +75,8 @@ def attention_forward_kernel(
     first_query = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     head = tl.program_id(0) // blocks % num_heads
     batch = tl.program_id(0) // blocks // num_heads
-    q_start, seqlen_q = sequence(cu_seqlens_q, batch, max_seqlen_q, VARLEN)
-    k_start, seqlen_k = sequence(cu_seqlens_k, batch, max_seqlen_k, VARLEN)
+    q_start, seqlen_q = sequence(cu_seqlens_q, batch, max_seqlen_q, total_q, VARLEN)
+    k_start, seqlen_k = sequence(cu_seqlens_k, batch, max_seqlen_k, total_k, VARLEN)
     if first_query >= seqlen_q:
         return
     if VARLEN:

@@ -15,10 +15,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashtrain.ops import _dense_products as products
 from flashtrain.ops import _matmul_search
+from flashtrain.ops._autograd import Function, once_differentiable
 from flashtrain.ops._dense_products import (
     FORWARD,
     IDENTITY,
@@ -200,7 +200,7 @@ def _weight_and_bias_gradients(
     return dweight if need_weight else None, dbias if need_bias else None
 
 
-class Dense(torch.autograd.Function):
+class Dense(Function):
     """x weight^T + bias, and x itself where its gradient is to be added here. Saves x and weight,
     each only if the other's gradient is wanted."""
 
@@ -233,7 +233,7 @@ class Dense(torch.autograd.Function):
 KEEP_ALL, KEEP_PRE_ACT, KEEP_NOTHING = 0, 1, 2
 
 
-class Mlp(torch.autograd.Function):
+class Mlp(Function):
     """activation(x weight1^T + bias1) weight2^T + bias2, and x itself where its gradient is to be
     added here. ReLU is its own pre_act, of the same sign: it keeps the activation alone."""
 

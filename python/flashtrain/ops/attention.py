@@ -12,6 +12,7 @@ Hk), D head dim.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeAlias
 
 import torch
@@ -19,101 +20,20 @@ from torch import Tensor
 
 from flashtrain.ops import _attention_backends as backends
 from flashtrain.ops._arguments import check_float, checked
+from flashtrain.ops._attention_checks import (
+    check_heads,
+    check_options,
+    check_sequences,
+    window_limits,
+)
 from flashtrain.ops._attention_ops import Attention
 from flashtrain.ops._attention_peers import PEERS, Call
+from flashtrain.ops._autograd import needs_autograd
 
-_INSTALLED = backends.installed()
+_MISSING = dict.fromkeys(set(backends.BACKENDS) - backends.installed(), "it is not installed")
 _TIMES = backends.read_times()
-_CHOICES: dict[tuple[backends.Request, str | None], str] = {}
 
 Output: TypeAlias = Any  # a Tensor; with return_attn_probs (out, lse, probabilities)
-
-# --- Checks ---------------------------------------------------------------------------------------
-
-
-def _check_heads(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
-    layout = "[total, heads, D]" if varlen else "[B, seqlen, heads, D]"
-    check_float("q", q)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != (3 if varlen else 4):
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}; supported: {layout}")
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name}: got dtype {tensor.dtype}; supported: q's, {q.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: is on {tensor.device}; supported: q's device, {q.device}")
-    if q.shape[-1] == 0 or k.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"k: got shape {list(k.shape)}; supported: the head dim of q {list(q.shape)}, and that "
-            "at least 1"
-        )
-    if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2] != 0:
-        raise ValueError(
-            f"k: got {k.shape[-2]} heads; supported: a divisor of q's {q.shape[-2]} heads"
-        )
-    if v.shape != k.shape:
-        raise ValueError(f"v: got shape {list(v.shape)}; supported: k's, {list(k.shape)}")
-    if not varlen and k.shape[0] != q.shape[0]:
-        raise ValueError(f"k: got a batch of {k.shape[0]}; supported: q's, {q.shape[0]}")
-
-
-def _check_sequences(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
-    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu_seqlens.dtype != torch.int32:
-            raise ValueError(f"{name}: got dtype {cu_seqlens.dtype}; supported: torch.int32")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"{name}: got shape {list(cu_seqlens.shape)}; supported: [B + 1]")
-        if cu_seqlens.device != q.device:
-            raise ValueError(
-                f"{name}: is on {cu_seqlens.device}; supported: q's device, {q.device}"
-            )
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"cu_seqlens_k: got shape {list(cu_seqlens_k.shape)}; supported: cu_seqlens_q's, "
-            f"{list(cu_seqlens_q.shape)}"
-        )
-
-
-def _check_options(
-    q: Tensor,
-    batch: int,
-    dropout_p: float,
-    softmax_scale: float,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-) -> None:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: got {dropout_p}; supported: at least 0 and less than 1")
-    if not softmax_scale > 0.0:
-        raise ValueError(f"softmax_scale: got {softmax_scale}; supported: greater than 0")
-    if not softcap >= 0.0:
-        raise ValueError(f"softcap: got {softcap}; supported: at least 0 (0: no softcap)")
-    if len(window_size) != 2 or min(window_size) < -1:
-        raise ValueError(
-            f"window_size: got {window_size}; supported: (left, right), each at least 0, or -1 for "
-            "no limit"
-        )
-    if alibi_slopes is not None:
-        heads = q.shape[-2]
-        if alibi_slopes.dtype != torch.float32:
-            raise ValueError(
-                f"alibi_slopes: got dtype {alibi_slopes.dtype}; supported: torch.float32"
-            )
-        if alibi_slopes.shape != (heads,) and alibi_slopes.shape != (batch, heads):
-            raise ValueError(
-                f"alibi_slopes: got shape {list(alibi_slopes.shape)}; supported: [{heads}] or "
-                f"[{batch}, {heads}]"
-            )
-        if alibi_slopes.device != q.device:
-            raise ValueError(
-                f"alibi_slopes: is on {alibi_slopes.device}; supported: q's device, {q.device}"
-            )
-        if alibi_slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "alibi_slopes: requires grad, and has no gradient here; supported: a tensor that "
-                "does not, alibi_slopes.detach()"
-            )
-
 
 # --- The call -------------------------------------------------------------------------------------
 
@@ -123,6 +43,7 @@ def _request(q: Tensor, k: Tensor, v: Tensor, call: Call) -> backends.Request:
     if q.is_cuda:
         properties = torch.cuda.get_device_properties(q.device)
         capability = 10 * properties.major + properties.minor
+    compiling = torch.compiler.is_compiling()
     return backends.Request(
         device=q.device.type,
         capability=capability,
@@ -138,18 +59,28 @@ def _request(q: Tensor, k: Tensor, v: Tensor, call: Call) -> backends.Request:
         alibi=call.alibi_slopes is not None,
         dropout=call.dropout_p > 0.0,
         deterministic=call.deterministic or torch.are_deterministic_algorithms_enabled(),
-        needs_grad=torch.is_grad_enabled()
-        and (q.requires_grad or k.requires_grad or v.requires_grad),
-        compiling=torch.compiler.is_compiling(),
+        needs_grad=needs_autograd(q, k, v),
+        compiling=compiling,
+        transforming=not compiling and torch._C._are_functorch_transforms_active(),
+        zero_scale=call.softmax_scale == 0.0,
     )
+
+
+def _has_no_device(q: Tensor) -> bool:
+    """Whether it is a meta tensor, or a fake one of a GPU that is not here."""
+    return q.is_meta or (q.is_cuda and not torch.cuda.is_initialized())
 
 
 def _choose(request: backends.Request, forced: str | None) -> str:
     if request.compiling:  # sizes may be symbolic, and tracing costs nothing later
-        return backends.choose(request, _INSTALLED, _TIMES, forced)
-    if (request, forced) not in _CHOICES:
-        _CHOICES[request, forced] = backends.choose(request, _INSTALLED, _TIMES, forced)
-    return _CHOICES[request, forced]
+        return backends.choose_working(request, _MISSING, _TIMES, forced)
+    return _remembered_choice(request, forced)
+
+
+# Sequence lengths that change with every batch do not fill the memory.
+@functools.lru_cache(maxsize=4096)
+def _remembered_choice(request: backends.Request, forced: str | None) -> str:
+    return backends.choose_working(request, _MISSING, _TIMES, forced)
 
 
 @torch.compiler.allow_in_graph  # Dynamo cannot trace storage_offset; what comes after it can
@@ -157,7 +88,8 @@ def _vectors(x: Tensor) -> Tensor:
     """x, or a copy if kernels that read 16 bytes at a time, as the peers' do, could not read it."""
     step = 16 // x.element_size()
     *outer, inner = x.stride()
-    if inner == 1 and not any(distance % step for distance in (*outer, x.storage_offset())):
+    distances = (*outer, x.storage_offset())
+    if inner == 1 and not x.is_neg() and not any(distance % step for distance in distances):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -168,7 +100,8 @@ def _native(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     if call.dropout_p > 0.0:
         # {seed, offset} on the op's device, from torch's own generator of it: manual_seed, CUDA
         # graphs, torch.compile and checkpointing treat it as any random number.
-        rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+        # Made from q, so that it is fake where q is.
+        rng_state = torch.randint_like(q.new_empty(2, dtype=torch.int64), 0, 2**62)
     out, lse = Attention.apply(
         q,
         k,
@@ -188,14 +121,38 @@ def _native(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     return out, lse, rng_state
 
 
+def _with_probabilities(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend not in (None, "triton", "cpu"):
+        raise ValueError(
+            f"backend: {backend!r} does not return attention probabilities; supported with "
+            "return_attn_probs: None, 'triton', 'cpu'"
+        )
+    from flashtrain.ops._attention_probabilities import signed_probabilities
+
+    if not _has_no_device(q):
+        _choose(_request(q, k, v, call), backend or ("triton" if q.is_cuda else "cpu"))
+    out, lse, rng_state = _native(q, k, v, call)
+    if call.cu_seqlens_q is not None:
+        call = call._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    return out, lse, signed_probabilities(q, k, lse, rng_state, call)
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -207,32 +164,23 @@ def _attention(
     backend: str | None,
 ) -> Output:
     varlen = cu_seqlens_q is not None
-    _check_heads(q, k, v, varlen)
+    check_heads(q, k, v, varlen)
+    batch, longest_q, longest_k = q.shape[0], q.shape[-3], k.shape[-3]
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        _check_sequences(q, cu_seqlens_q, cu_seqlens_k)
+        check_sequences(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         batch = cu_seqlens_q.shape[0] - 1
-    else:
-        batch = q.shape[0]
+        # An upper bound may be of any size; kernels size their grids and scratch memory by it.
+        longest_q, longest_k = min(max_seqlen_q, longest_q), min(max_seqlen_k, longest_k)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    _check_options(q, batch, dropout_p, scale, window_size, softcap, alibi_slopes)
-    left, right = window_size
+    check_options(q, batch, dropout_p, scale, softcap, alibi_slopes)
+    left, right = window_limits(window_size, causal, longest_q, longest_k)
     call = Call(
-        cu_seqlens_q, cu_seqlens_k,
-        q.shape[-3] if max_seqlen_q is None else max_seqlen_q,
-        k.shape[-3] if max_seqlen_k is None else max_seqlen_k,
-        scale, left, 0 if causal else right, softcap, alibi_slopes, dropout_p, deterministic,
+        cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, left, right, softcap,
+        alibi_slopes, dropout_p, deterministic,
     )  # fmt: skip
     if return_attn_probs:
-        if backend not in (None, "triton", "cpu"):
-            raise ValueError(
-                f"backend: {backend!r} does not return attention probabilities; supported with "
-                "return_attn_probs: None, 'triton', 'cpu'"
-            )
-        from flashtrain.ops._attention_probabilities import signed_probabilities
-
-        out, lse, rng_state = _native(q, k, v, call)
-        return out, lse, signed_probabilities(q, k, lse, rng_state, call)
-    if q.is_meta:
+        return _with_probabilities(q, k, v, call, max_seqlen_q, max_seqlen_k, backend)
+    if _has_no_device(q):
         return _native(q, k, v, call)[0]
     chosen = _choose(_request(q, k, v, call), backend)
     if chosen in PEERS:
@@ -267,10 +215,10 @@ def flash_attn_func(
         head.
       dropout_p: probability in [0, 1) of zeroing an attention weight; survivors are scaled by
         1 / (1 - p). The caller passes 0 in evaluation.
-      softmax_scale: factor of q k^T, greater than 0; default 1 / sqrt(D).
+      softmax_scale: factor of q k^T, at least 0; default 1 / sqrt(D).
       causal: a query sees no key after its position, which is i + Sk - Sq for query i: the last
         query sits at the last key (bottom right alignment).
-      window_size: (left, right), keys seen before and after the query's position; -1: all.
+      window_size: (left, right), keys seen before and after the query's position; negative: all.
       softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
       alibi_slopes: float32 [H] or [B, H]; slope * |position - key| is subtracted from the scores.
       deterministic: only backends whose gradients are bitwise reproducible. So does
@@ -290,7 +238,7 @@ def flash_attn_func(
       RuntimeError: the device reported an error.
     """
     return _attention(
-        q, k, v, None, None, None, None, dropout_p, softmax_scale, causal, window_size, softcap,
+        q, k, v, None, None, 0, 0, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs, backend,
     )  # fmt: skip
 
@@ -387,7 +335,10 @@ def flash_attn_varlen_func(
     [B, H, max_seqlen_q, max_seqlen_k].
     """
     if block_table is not None:
-        raise ValueError("block_table: got a tensor; supported: None (no paged key-value cache)")
+        raise ValueError(
+            "block_table: got a tensor; supported: None, as attention here is for training only, "
+            "without a paged key-value cache"
+        )
     return _attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, backend,

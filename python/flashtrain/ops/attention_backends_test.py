@@ -36,7 +36,8 @@ def request(**changes) -> backends.Request:
 
 def choose(available=WITH_TORCH, forced=None, times=None, **changes) -> str:
     times = backends.read_times() if times is None else times
-    return backends.choose(request(**changes), available, times, forced)
+    missing = dict.fromkeys(set(backends.BACKENDS) - set(available), "it is not installed")
+    return backends.choose(request(**changes), missing, times, forced)
 
 
 # --- The rules ------------------------------------------------------------------------------------
@@ -50,6 +51,7 @@ def test_cuda_features() -> None:
     assert choose(dtype=FP32) == "triton"
     assert choose(head_dim=65) == "triton"
     assert choose(empty=True) == "triton"
+    assert choose(zero_scale=True) == "triton"
     for changes in ({"varlen": True}, {"window_left": 128}, {"seqlen_q": 512}):
         assert choose(**changes) in ("torch_flash", "triton")
         assert choose(WITH_TORCH - {"triton"}, **changes) == "torch_flash"
@@ -314,12 +316,12 @@ def test_calls_of_the_packages(name: str, window, monkeypatch: pytest.MonkeyPatc
 def test_the_front_uses_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def chosen(request, available, times, forced):
+    def chosen(request, unusable, times, forced):
         seen.append(request)
         return "torch_flash"
 
     monkeypatch.setattr(backends, "choose", chosen)
-    monkeypatch.setattr(attn, "_CHOICES", {})
+    attn._remembered_choice.cache_clear()
     monkeypatch.setitem(attn.PEERS, "torch_flash", lambda q, k, v, call: (q, call))
     q, k, v = torch.zeros(3, 2, 20, 4, 16, device=DEVICE)
     out, call = attn.flash_attn_func(q, k, v, causal=True, window_size=(9, 4), softcap=2.0)
@@ -328,3 +330,73 @@ def test_the_front_uses_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0].softcap
     assert not seen[0].needs_grad
     assert not seen[0].is_causal
+    attn._remembered_choice.cache_clear()
+
+
+# --- Packages that are there and do not work ------------------------------------------------------
+
+BROKEN = {
+    "raise ImportError('flash_attn_2_cuda: undefined symbol')": "ImportError: flash_attn_2_cuda: u",
+    "raise OSError('libcudart.so.12: cannot open')": "OSError: libcudart.so.12: cannot open",
+    "raise RuntimeError('built for\\n  torch 2.4')": "RuntimeError: built for torch 2.4",
+    "import os; os.no_such_name": "AttributeError: module 'os' has no attribute 'no_such_name'",
+    "1 +": "SyntaxError: invalid syntax",
+    "": "AttributeError: module 'flash_attn' has no attribute 'flash_attn_func'",
+    "def flash_attn_func(q, k, v, softmax_scale, causal): pass\n"
+    "flash_attn_varlen_func = flash_attn_func": "its flash_attn_func has no deterministic, softcap",
+}
+
+
+@pytest.fixture
+def broken(request: pytest.FixtureRequest, tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All three packages, each of which holds the parameter, in the path; what is said of them."""
+    code, message = request.param
+    for name in ("flash_attn", "flash_attn/cute"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    for name in ("flash_attn_2_cuda", "flash_attn_interface"):
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn_2_cuda", "flash_attn_interface"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    backends._import_fault.cache_clear()
+    yield message
+    backends._import_fault.cache_clear()
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("broken", BROKEN.items(), indirect=True, ids=BROKEN.values())
+def test_a_package_that_does_not_import(broken: str) -> None:
+    here = backends.installed()
+    assert here >= {"flash_attn_2", "flash_attn_3", "flash_attn_4"}
+    assert not {"flash_attn", "flash_attn_2_cuda", "flash_attn_interface"} & set(sys.modules)
+    missing = dict.fromkeys(
+        set(backends.BACKENDS) - here - WITH_TORCH | {"triton"}, "it is not installed"
+    )
+    times: list[dict] = []
+    for changes, expected in (({}, "cudnn"), ({"varlen": True}, "torch_flash")):
+        call = request(**changes)
+        assert backends.choose_working(call, missing, times, None) == expected
+    with pytest.raises(ValueError, match="backend: 'flash_attn_2' cannot take this call") as error:
+        backends.choose_working(request(), missing, times, "flash_attn_2")
+    assert broken in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "those that can: " in str(error.value)
+    with pytest.raises(ValueError, match="no backend can take this call") as listed:
+        backends.choose_working(request(softcap=True, alibi=True), missing, times, None)
+    assert broken in str(listed.value)
+
+
+def test_a_working_package_is_taken(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = "q, k, v, *, softmax_scale, causal, window_size, softcap, deterministic"
+    (tmp_path / "flash_attn_interface.py").write_text(
+        f"def flash_attn_func({arguments}): pass\ndef flash_attn_varlen_func({arguments}): pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    backends._import_fault.cache_clear()
+    assert "flash_attn_3" in backends.installed()
+    missing = dict.fromkeys(set(backends.BACKENDS) - {"flash_attn_3", "cudnn"}, "no")
+    assert backends.choose_working(request(varlen=True), missing, [], None) == "flash_attn_3"
+    backends._import_fault.cache_clear()
+    sys.modules.pop("flash_attn_interface", None)

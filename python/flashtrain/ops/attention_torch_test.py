@@ -47,15 +47,6 @@ def test_frozen_inputs(frozen: tuple[str, ...]) -> None:
         assert torch.equal(value, full[name]), name
 
 
-def test_double_backward_is_refused() -> None:
-    case = Case(dtype=FP32)
-    inputs = case.inputs()
-    out = case.ours(inputs)
-    (grad,) = torch.autograd.grad((out * out).sum(), inputs["q"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_lse_has_no_gradient() -> None:
     case = Case(1, dtype=FP32)
     _, lse, _ = case.ours(case.inputs(), return_attn_probs=True)
@@ -271,11 +262,12 @@ def _zeros(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
         ({"v": (2, 5, 2, 8)}, r"v: got shape \[2, 5, 2, 8\]; supported: k's, \[2, 4, 2, 8\]"),
         ({"q": (3, 4, 2, 8)}, "k: got a batch of 2; supported: q's, 3"),
         ({"dropout_p": 1.0}, "dropout_p: got 1.0; supported: at least 0 and less than 1"),
-        ({"softmax_scale": 0.0}, "softmax_scale: got 0.0; supported: greater than 0"),
+        ({"softmax_scale": -1.0}, "softmax_scale: got -1.0; supported: at least 0, finite"),
+        ({"softmax_scale": 1e39}, r"softmax_scale: got 1e\+39; supported: at least 0, finite"),
         ({"softmax_scale": float("nan")}, "softmax_scale: got nan"),
         ({"softcap": -1.0}, "softcap: got -1.0; supported: at least 0"),
-        ({"window_size": (-2, 0)}, r"window_size: got \(-2, 0\); supported: \(left, right\)"),
-        ({"window_size": (1,)}, r"window_size: got \(1,\); supported: \(left, right\)"),
+        ({"softcap": float("inf")}, "softcap: got inf; supported: at least 0 .*, finite"),
+        ({"window_size": (1,)}, "window_size: got 1 elements; supported: 2"),
         ({"alibi_slopes": (3,)}, r"alibi_slopes: got shape \[3\]; supported: \[2\] or \[2, 2\]"),
         ({"backend": "xformers"}, "backend: got 'xformers'; supported: None or one of cudnn, "),
         (

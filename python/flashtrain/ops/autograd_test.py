@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.func import grad, jacrev, vjp, vmap
 
 from flashtrain.ops._autograd import Function, once_differentiable
+from flashtrain.ops.attention import flash_attn_func
 from flashtrain.ops.cross_entropy import cross_entropy_loss
+from flashtrain.ops.fused_dense import fused_dense_func, fused_mlp_func
 from flashtrain.ops.layer_norm import dropout_add_layer_norm, layer_norm, rms_norm
 from flashtrain.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -31,6 +33,34 @@ def _add_norm_in_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (F.layer_norm(total, total.shape[-1:], weight, bias, 1e-5) * total).sum()
 
 
+def _attention(*qkv: Tensor) -> Tensor:
+    q, k, v = (t.view(1, 4, 2, 4) for t in qkv)
+    return flash_attn_func(q, k, v, causal=True).square().sum()
+
+
+def _attention_in_torch(*qkv: Tensor) -> Tensor:
+    q, k, v = (t.view(1, 4, 2, 4).transpose(1, 2) for t in qkv)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).square().sum()
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out, residual = fused_dense_func(x, weight, bias, return_residual=True)
+    return out.square().sum() + residual.pow(3).sum()
+
+
+def _mlp(checkpoint_lvl: int) -> Callable[..., Tensor]:
+    def mlp(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = fused_mlp_func(x, weight, weight.T, bias, None, checkpoint_lvl=checkpoint_lvl)
+        return out.square().mean()
+
+    return mlp
+
+
+def _mlp_in_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    hidden = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return F.linear(hidden, weight.T).square().mean()
+
+
 class Op(NamedTuple):
     """A scalar of an op, the same in torch, and the shapes of their arguments, rows [4, 8] first."""
 
@@ -40,6 +70,14 @@ class Op(NamedTuple):
 
 
 OPS = {
+    "attention": Op(_attention, _attention_in_torch, ((4, 8), (4, 8), (4, 8))),
+    "fused_dense": Op(
+        _dense,
+        lambda x, w, b: F.linear(x, w, b).square().sum() + x.pow(3).sum(),
+        ((4, 8), (5, 8), (5,)),
+    ),
+    "fused_mlp": Op(_mlp(0), _mlp_in_torch, ((4, 8), (5, 8), (5,))),
+    "fused_mlp, checkpointed": Op(_mlp(2), _mlp_in_torch, ((4, 8), (5, 8), (5,))),
     "layer_norm": Op(
         lambda x, w, b: layer_norm(x, w, b, 1e-5).square().sum(),
         lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, 1e-5).square().sum(),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from flashtrain.ops import _dense_products as products
 from flashtrain.ops._arguments import check_float, checked
+from flashtrain.ops._autograd import needs_autograd
 from flashtrain.ops._fused_dense_ops import (
     KEEP_ALL,
     KEEP_NOTHING,
@@ -82,10 +83,6 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 @checked
 def fused_dense_func(
     x: Tensor,
@@ -113,7 +110,7 @@ def fused_dense_func(
     original = x
     x, weight, bias = _autocast(x, weight, bias)
     _check_layer(x, x.shape[-1], weight, bias, "")
-    if not _needs_grad(x, weight, bias):
+    if not needs_autograd(x, weight, bias):
         out, _ = fused_dense_forward(x, weight, bias, products.IDENTITY, False, True)
         return (out, original) if return_residual else out
     # A residual that autocast would round stays as it is.
@@ -175,7 +172,7 @@ def fused_mlp_func(
     _check_layer(x, x.shape[-1], weight1, bias1, "1")
     _check_layer(x, weight1.shape[0], weight2, bias2, "2")
     fuse, kind = heuristic != -1, ACTIVATIONS[activation]
-    if not _needs_grad(x, weight1, weight2, bias1, bias2):
+    if not needs_autograd(x, weight1, weight2, bias1, bias2):
         act, _ = fused_dense_forward(x, weight1, bias1, kind, False, fuse)
         out, _ = fused_dense_forward(act, weight2, bias2, products.IDENTITY, False, fuse)
         return (out, original) if return_residual else out
