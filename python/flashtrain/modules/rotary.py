@@ -6,6 +6,8 @@ their products depend on the distance of positions only.
 Legend: B batch, T sequence, H heads, K head dim, R rotary dim (even, at most K).
 """
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ def rotary_tables(
         (cos, sin), [..., R / 2]. Angles are computed in fp64: in fp32 those of position 8,192 are
         off by up to 5e-4.
     """
+    # A number, not a symbol, where torch.compile traces a share of the head dim as one.
+    rotary_dim = operator.index(rotary_dim)
     pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions.device)
     angles = positions.double().unsqueeze(-1) * base ** (-pairs / rotary_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashtrain import _kernels
-from flashtrain.ops._library import launch_context, register, to_kernel
+from flashtrain.ops._autograd import Function, once_differentiable
+from flashtrain.ops._library import eager, launch_context, register, to_kernel
 
 # --- Kernels and fakes ----------------------------------------------------------------------------
 
@@ -98,11 +98,14 @@ _ARGS = (
 rotary = register(f"rotary(Tensor x, {_ARGS}) -> Tensor", _kernel, _fake)
 rotary_ = register(f"rotary_(Tensor(a!) x, {_ARGS}) -> ()", _inplace_kernel, _inplace_fake)
 
+_rotary = eager(rotary, _kernel)
+_rotary_in_place = eager(rotary_, _inplace_kernel)
+
 
 # --- Autograd -------------------------------------------------------------------------------------
 
 
-class Rotary(torch.autograd.Function):
+class Rotary(Function):
     """x rotated, in place or not. Saves the tables and the indices, not x.
 
     The gradient is never rotated in place: it may be shared with other nodes of the graph.
@@ -117,12 +120,12 @@ class Rotary(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.options = (num_heads_q, num_heads_k, seqlen_offset, interleaved)
         if not inplace:
-            return rotary(x, *tensors, *ctx.options, False)
-        rotary_(x, *tensors, *ctx.options, False)
+            return _rotary(x, *tensors, *ctx.options, False)
+        _rotary_in_place(x, *tensors, *ctx.options, False)
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        return rotary(dout, *ctx.saved_tensors, *ctx.options, True), *[None] * 12
+        return _rotary(dout, *ctx.saved_tensors, *ctx.options, True), *[None] * 12

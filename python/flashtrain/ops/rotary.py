@@ -14,99 +14,12 @@ Legend: B batch, S sequence length, T tokens of all sequences, H heads, D head d
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashtrain.ops._arguments import check_float, checked
+from flashtrain.ops._arguments import checked
+from flashtrain.ops._rotary_checks import check_in_place, check_positions, check_table, check_x
 from flashtrain.ops._rotary_ops import Rotary
-from flashtrain.ops.rotary_scaling import RotaryScaling
-
-_INDEX_DTYPES = (torch.int32, torch.int64)
-
-# --- Checks ---------------------------------------------------------------------------------------
-
-
-def _check_x(name: str, x: Tensor, shapes: dict[int, str]) -> None:
-    """`shapes`: what is supported, by number of dimensions."""
-    check_float(name, x)
-    if x.dim() not in shapes:
-        supported = ", ".join(shapes.values())
-        raise ValueError(f"{name}: got shape {list(x.shape)}; supported: {supported}")
-
-
-def _check_table(name: str, table: Tensor, cos: Tensor, x: Tensor) -> None:
-    half = x.shape[-1] // 2
-    if table.dim() != 2 or table.shape != cos.shape or not 1 <= table.shape[1] <= half:
-        raise ValueError(
-            f"{name}: got shape {list(table.shape)}; supported: [positions, R / 2], of all tables "
-            f"the same, with R at most the head dim, {x.shape[-1]}"
-        )
-    if table.dtype not in (torch.float32, x.dtype):
-        raise ValueError(f"{name}: got dtype {table.dtype}; supported: torch.float32, {x.dtype}")
-    if table.dtype != cos.dtype:
-        raise ValueError(f"{name}: got dtype {table.dtype}; supported: that of cos, {cos.dtype}")
-    if table.device != x.device:
-        raise ValueError(f"{name}: is on {table.device}; supported: {x.device}, as x")
-    if table.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name}: requires grad, and has no gradient here; supported: a tensor that does not, "
-            f"{name}.detach()"
-        )
-
-
-def _check_index(name: str, index: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    if index.dtype not in _INDEX_DTYPES:
-        raise ValueError(f"{name}: got dtype {index.dtype}; supported: torch.int32, torch.int64")
-    if index.shape != shape:
-        raise ValueError(f"{name}: got shape {list(index.shape)}; supported: {list(shape)}")
-    if index.device != x.device:
-        raise ValueError(f"{name}: is on {index.device}; supported: {x.device}, as x")
-
-
-def _check_range(first: int, length: int, table_len: int) -> None:
-    if first < 0 or first + length > table_len:
-        raise ValueError(
-            f"seqlen_offsets: got {first}, so positions {first} to {first + length - 1}; "
-            f"supported: those of the tables, 0 to {table_len - 1}"
-        )
-
-
-def _check_positions(
-    x: Tensor,
-    table_len: int,
-    seqlen_offsets: int | Tensor,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    position_ids: Tensor | None,
-) -> Tensor | None:
-    """Returns position_ids as [B, S]."""
-    is_tensor = isinstance(seqlen_offsets, Tensor)
-    if position_ids is not None:
-        if cu_seqlens is not None or is_tensor or seqlen_offsets != 0:
-            raise ValueError(
-                "position_ids: given with seqlen_offsets or cu_seqlens; supported: by itself"
-            )
-        if position_ids.dim() == 1 or (position_ids.dim() == 2 and position_ids.shape[0] == 1):
-            position_ids = position_ids.expand(x.shape[0], *position_ids.shape[-1:])
-        _check_index("position_ids", position_ids, tuple(x.shape[:2]), x)
-        return position_ids
-    num_sequences = x.shape[0]
-    if cu_seqlens is not None:
-        _check_index("cu_seqlens", cu_seqlens, (max(cu_seqlens.numel(), 1),), x)
-        num_sequences = cu_seqlens.shape[0] - 1
-        if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
-            bounds = cu_seqlens.tolist()
-            if bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] > x.shape[0]:
-                raise ValueError(
-                    f"cu_seqlens: got {bounds}; supported: ascending, from 0 to at most "
-                    f"{x.shape[0]}, the tokens"
-                )
-    if is_tensor:
-        _check_index("seqlen_offsets", seqlen_offsets, (num_sequences,), x)
-    elif cu_seqlens is None:
-        _check_range(seqlen_offsets, x.shape[1], table_len)
-    elif max_seqlen is not None:
-        _check_range(seqlen_offsets, max_seqlen, table_len)
-    return None
+from flashtrain.ops._rotary_tables import RotaryTables, Tables
 
 
 def _rotate(
@@ -118,32 +31,27 @@ def _rotate(
     inplace: bool,
     seqlen_offsets: int | Tensor,
     cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
     position_ids: Tensor | None,
 ) -> Tensor:
     cos = tables[0]
-    for table_name, table in zip(("cos", "sin", "cos_k", "sin_k"), tables):
+    for table_name, table in zip(Tables._fields, tables):
         if table is not None:
-            _check_table(table_name, table, cos, x)
-    position_ids = _check_positions(
-        x, cos.shape[0], seqlen_offsets, cu_seqlens, max_seqlen, position_ids
-    )
-    if inplace and x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(
-            f"{name}: got elements {x.stride(-1)} apart in the last dimension; supported in place: "
-            "adjacent"
-        )
-    if inplace and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name}: is a leaf Variable that requires grad; supported in place: a computed tensor"
-        )
+            check_table(table_name, table, cos, x)
+    position_ids = check_positions(x, cos.shape[0], seqlen_offsets, cu_seqlens, position_ids)
+    if inplace:
+        check_in_place(name, x)
     offset = 0 if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
     offsets = seqlen_offsets if isinstance(seqlen_offsets, Tensor) else None
     if offsets is not None and cu_seqlens is not None:
         offsets = offsets.to(cu_seqlens.dtype)
-    return Rotary.apply(
-        x, *tables, offsets, cu_seqlens, position_ids, *num_heads, offset, interleaved, inplace
-    )
+    # Compilers lose or mistake the gradient of an autograd.Function that writes to an input of
+    # the graph, or to a view; they make a write in place of a copy where they can.
+    copies = inplace and torch.compiler.is_compiling()
+    out = Rotary.apply(
+        x, *tables, offsets, cu_seqlens, position_ids, *num_heads, offset, interleaved,
+        inplace and not copies,
+    )  # fmt: skip
+    return x.copy_(out) if copies else out
 
 
 # --- Public functions -----------------------------------------------------------------------------
@@ -173,7 +81,7 @@ def apply_rotary_emb(
         cu_seqlens' sequences).
       cu_seqlens: int32 or int64 [sequences + 1]: sequence b is x[cu_seqlens[b]:cu_seqlens[b + 1]].
         Tokens after the last sequence are copied.
-      max_seqlen: length of the longest sequence, only to check an int offset against the tables.
+      max_seqlen: length of the longest sequence, or more; not needed.
       position_ids: int32 or int64 [B, S], [1, S] or [S]: every token's position, in place of
         offsets.
 
@@ -183,14 +91,14 @@ def apply_rotary_emb(
     it, NaN for the rotated elements of that token. Saved for backward: tables and indices, not x.
     """
     shapes = {4: "[B, S, H, D]"} if cu_seqlens is None else {3: "[T, H, D] with cu_seqlens"}
-    _check_x("x", x, shapes)
-    # torch 2.11 compiles the gradient of an autograd.Function that writes to a view wrongly.
-    copies = inplace and torch.compiler.is_compiling()
-    out = _rotate(
-        "x", x, (cos, sin, None, None), (x.shape[-2], 0), interleaved, inplace and not copies,
-        seqlen_offsets, cu_seqlens, max_seqlen, position_ids,
+    check_x("x", x, shapes)
+    return _rotate(
+        "x", x, (cos, sin, None, None), (x.shape[-2], 0), interleaved, inplace, seqlen_offsets,
+        cu_seqlens, position_ids,
     )  # fmt: skip
-    return x.copy_(out) if copies else out
+
+
+apply_rotary_emb_func = apply_rotary_emb  # as older code for flash-attn calls it
 
 
 @checked
@@ -221,7 +129,7 @@ def apply_rotary_emb_qkv_(
     tokens, dims = ("B, S", 4) if cu_seqlens is None else ("T", 3)
     packed = f"[{tokens}, 3, H, D]"
     flat = f"[{tokens}, Hq + 2 Hk, D] with num_heads_q"
-    _check_x("qkv", qkv, {dims + 1: packed, dims: flat})
+    check_x("qkv", qkv, {dims + 1: packed, dims: flat})
     if (cos_k is None) != (sin_k is None):
         raise ValueError("cos_k, sin_k: got one of them; supported: both or neither")
     if qkv.dim() == dims + 1:
@@ -238,7 +146,7 @@ def apply_rotary_emb_qkv_(
         num_heads = (num_heads_q, (total - num_heads_q) // 2)
     return _rotate(
         "qkv", qkv, (cos, sin, cos_k, sin_k), num_heads, interleaved, True, seqlen_offsets,
-        cu_seqlens, max_seqlen, position_ids,
+        cu_seqlens, position_ids,
     )  # fmt: skip
 
 
@@ -259,19 +167,19 @@ def apply_rotary_emb_kv_(
     The rest is as in `apply_rotary_emb_qkv_`.
     """
     shape, dims = ("[B, S, 2, H, D]", 5) if cu_seqlens is None else ("[T, 2, H, D]", 4)
-    _check_x("kv", kv, {dims: shape})
+    check_x("kv", kv, {dims: shape})
     if kv.shape[-3] != 2:
         raise ValueError(f"kv: got shape {list(kv.shape)}; supported: {shape}")
     return _rotate(
         "kv", kv, (cos, sin, None, None), (kv.shape[-2], 0), interleaved, True, seqlen_offsets,
-        cu_seqlens, max_seqlen, position_ids,
+        cu_seqlens, position_ids,
     )  # fmt: skip
 
 
 # --- Module ---------------------------------------------------------------------------------------
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(RotaryTables):
     """Rotates queries and keys; makes and keeps the tables, in float32. No parameters, no state.
 
     Args:
@@ -279,69 +187,46 @@ class RotaryEmbedding(nn.Module):
       base: frequencies are base**(-2i / R).
       interleaved: pairs are elements (2i, 2i + 1) rather than (i, i + R / 2).
       scale_base: XPos (Sun et al. 2022, arXiv:2212.10554), which the paper uses with 512: queries
-        are scaled up and keys down as positions grow. None: off.
+        are scaled down and keys up as positions grow. None: off.
       device: where tables are made at first; they follow the queries.
       scaling: context extension, from flashtrain.ops.rotary_scaling; None: off.
+
+    Tables that a compiled graph, a capture or a mode such as FakeTensorMode makes serve that call
+    alone. Those that are kept stay for as long as the module does, as CUDA graphs may read them.
     """
 
-    @checked
-    def __init__(
+    def _num_positions(
         self,
-        dim: int,
-        base: float = 10000.0,
-        interleaved: bool = False,
-        scale_base: float | None = None,
-        device: torch.device | str | None = None,
-        *,
-        scaling: RotaryScaling | None = None,
-    ) -> None:
-        super().__init__()
-        if dim < 2 or dim % 2:
-            raise ValueError(f"dim: got {dim}; supported: even, at least 2")
-        self.dim = dim
-        self.base = float(base)
-        self.interleaved = interleaved
-        self.scale_base = scale_base
-        self.scaling = scaling or RotaryScaling()
-        self._tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
-        if device is not None:
-            self.extend_tables(1, torch.device(device))
+        tokens: int,
+        seqlen_offset: int | Tensor,
+        max_seqlen: int | None,
+        cu_seqlens: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> int:
+        """How long tables must be: max_seqlen, or less where the host knows that less will do."""
+        is_tensor = isinstance(seqlen_offset, Tensor)
+        if max_seqlen is None and (is_tensor or not (cu_seqlens is position_ids is None)):
+            raise ValueError(
+                "max_seqlen: got None; it is needed with cu_seqlens, position_ids or a tensor "
+                "of offsets, whose values the host does not read"
+            )
+        indices = seqlen_offset if position_ids is None else position_ids
+        if not isinstance(indices, Tensor):
+            known = tokens + indices
+            return known if max_seqlen is None else min(known, max_seqlen)
+        assert max_seqlen is not None
+        if (
+            max_seqlen > self._seq_len_cached
+            and indices.is_cpu
+            and type(indices) is Tensor
+            and indices.numel() > 0
+            and not torch.compiler.is_compiling()
+        ):
+            past = 1 if position_ids is not None else tokens
+            return min(max_seqlen, int(indices.max()) + past)
+        return max_seqlen
 
-    def extend_tables(self, length: int, device: torch.device) -> None:
-        """Makes tables of at least `length` positions on the device, if there are none yet.
-
-        `forward` does it by itself; do it before a CUDA graph is captured.
-        """
-        have = self._tables[0] if self._tables is not None else None
-        if have is not None and have.device == device and have.shape[0] >= length:
-            return
-        # Twice as long as before: tokens generated one by one do not make a table each.
-        length = max(length, 2 * have.shape[0] if have is not None else 0)
-        with torch.no_grad():
-            self._tables = self._make_tables(length, device)
-
-    def _make_tables(
-        self, length: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """cos, sin, cos_k, sin_k [length, R / 2]; the last two None where they are the first."""
-        # float64: in float32 the angle of position 100,000 is off by 0.004.
-        t = torch.arange(length, dtype=torch.float64, device=device)
-        angles = torch.outer(t, self.scaling.frequencies(self.dim, self.base).to(device))
-        factor = self.scaling.table_factor
-        cos, sin = angles.cos() * factor, angles.sin() * factor
-        if self.scale_base is None:
-            return cos.float(), sin.float(), None, None
-        pairs = torch.arange(0, self.dim, 2, dtype=torch.float64, device=device)
-        decay = (pairs + 0.4 * self.dim) / (1.4 * self.dim)
-        # Only differences of positions matter; around the middle, powers stay moderate.
-        scale = decay ** ((t - length // 2) / self.scale_base).unsqueeze(-1)
-        return (
-            (cos * scale).float(),
-            (sin * scale).float(),
-            (cos / scale).float(),
-            (sin / scale).float(),
-        )
-
+    @checked
     def forward(
         self,
         qkv: Tensor,
@@ -360,25 +245,15 @@ class RotaryEmbedding(nn.Module):
             `apply_rotary_emb`.
           kv: as in `apply_rotary_emb_kv_`.
           seqlen_offset: as seqlen_offsets there.
-          max_seqlen: positions that occur, counted from 0: how long the tables must be. Needed
-            where seqlen_offset is a tensor, with cu_seqlens and with position_ids.
+          max_seqlen: positions that occur, counted from 0, or more: how long the tables must be.
+            Needed where seqlen_offset is a tensor, with cu_seqlens and with position_ids.
           num_heads_q, cu_seqlens, position_ids: as there.
         """
-        length = max_seqlen
-        if length is None:
-            if (
-                isinstance(seqlen_offset, Tensor)
-                or cu_seqlens is not None
-                or (position_ids is not None)
-            ):
-                raise ValueError(
-                    "max_seqlen: got None; it is needed with cu_seqlens, position_ids or a tensor "
-                    "of offsets, whose values the host does not read"
-                )
-            length = max(t.shape[1] for t in (qkv, kv) if t is not None) + seqlen_offset
-        self.extend_tables(length, qkv.device)
-        assert self._tables is not None
-        cos, sin, cos_k, sin_k = self._tables
+        dim = 1 if cu_seqlens is None else 0
+        tokens = max(t.shape[dim] if t.dim() > dim else 0 for t in (qkv, kv) if t is not None)
+        length = self._num_positions(tokens, seqlen_offset, max_seqlen, cu_seqlens, position_ids)
+        is_fake = type(qkv) is not Tensor and torch._C._len_torch_dispatch_stack() > 0
+        cos, sin, cos_k, sin_k = self._tables_for(length, qkv.device, anew=is_fake)
         where = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
         if kv is None:
             return apply_rotary_emb_qkv_(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from flashtrain.ops import rotary
 from flashtrain.ops import rotary_scaling as scaling
 from flashtrain.ops.rotary import RotaryEmbedding
 from flashtrain.testing.devices import DEVICE
@@ -126,6 +132,133 @@ def test_bfloat16_modules_keep_exact_tables() -> None:
     angle = 100_003 * BASE ** -(2 / 32)
     assert module._tables is not None
     assert module._tables[1][100_003, 1].item() == pytest.approx(math.sin(angle), abs=1e-7)
+
+
+# --- Tables and what they were made under ---------------------------------------------------------
+
+
+def _gradient(module: RotaryEmbedding, length: int = 4) -> Tensor:
+    x = randn(1, length, 3, 1, 8).requires_grad_()
+    module(x * 1).square().mul(randn(1, length, 3, 1, 8)).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize(
+    "enter",
+    [torch.inference_mode, torch.no_grad, FakeTensorMode, lambda: torch.device("meta")],
+    ids=["inference", "no_grad", "fake", "meta"],
+)
+@pytest.mark.parametrize("scale_base", [None, 512.0])
+def test_training_after_a_mode(
+    enter: Callable[[], contextlib.AbstractContextManager], scale_base: float | None
+) -> None:
+    """Dao-AILab/flash-attention#299: a module that was first called under some mode, then trains."""
+    module = RotaryEmbedding(8, scale_base=scale_base)
+    with enter():
+        module(torch.zeros(1, 6, 3, 1, 8))
+    fresh = _gradient(RotaryEmbedding(8, scale_base=scale_base))
+    assert torch.equal(_gradient(module), fresh)
+    with enter():  # and back, with tables that were made outside
+        out = module(torch.zeros(1, 5, 3, 1, 8))
+        assert isinstance(out, FakeTensor) == (enter is FakeTensorMode)
+        module(torch.zeros(1, 99, 3, 1, 8))
+    assert torch.equal(_gradient(module), fresh)
+
+
+def test_tables_made_for_a_default_device_or_dtype() -> None:
+    expected = RotaryEmbedding(8, scaling=scaling.YarnScaling(2.0))(randn(1, 5, 3, 1, 8))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            module = RotaryEmbedding(8, scaling=scaling.YarnScaling(2.0))
+        qkv = randn(1, 5, 3, 1, 8).float()
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        out = module(qkv)
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out.norm(), qkv.norm())
+
+
+def test_copies_pickles_and_moves() -> None:
+    module = RotaryEmbedding(8, scale_base=512.0)
+    expected = _gradient(module)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module)):
+        assert other._tables is None
+        assert torch.equal(_gradient(other), expected)
+    assert torch.equal(_gradient(module.half().double()), expected)
+    assert torch.equal(_gradient(module.to("meta").to_empty(device=DEVICE)), expected)
+
+
+def test_tables_of_other_devices_are_kept() -> None:
+    module = RotaryEmbedding(8)
+    module(randn(1, 6, 3, 1, 8))
+    tables = module._tables
+    module.extend_tables(9, "meta")
+    assert module._tables is tables
+    module(randn(1, 20, 3, 1, 8))
+    assert tables in module._kept[DEVICE if DEVICE.type == "cpu" else tables.cos.device]
+
+
+def test_xpos_does_not_depend_on_the_length_of_tables() -> None:
+    """lucidrains/rotary-embedding-torch#27: prefill, then decode, with keys kept."""
+    qkv = randn(1, 24, 3, 1, 8)
+    for scale_base in (16.0, 512.0):
+        whole = RotaryEmbedding(8, scale_base=scale_base)(qkv.clone())
+        module, parts, past = RotaryEmbedding(8, scale_base=scale_base), [], 0
+        for count in (16, *[1] * 8):
+            part = qkv[:, past : past + count].clone()
+            parts.append(module(part, seqlen_offset=past))
+            past += count
+        assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_xpos_of_far_positions() -> None:
+    """Scales are finite to where float32 ends, and an error says so beyond it."""
+    module = RotaryEmbedding(64, scale_base=512.0)
+    qkv = randn(1, 2, 3, 1, 64)
+    near = scores(module(qkv.clone()))
+    far = scores(module(qkv.clone(), seqlen_offset=36_000))
+    torch.testing.assert_close(far, near, rtol=1e-3, atol=1e-3)
+    module(qkv.clone(), seqlen_offset=36_500)  # tables are not doubled to where they overflow
+    message = r"scale_base: got 512\.0 with 40002 positions, .*; supported: at most 36580 positions"
+    with pytest.raises(ValueError, match=message):
+        module(qkv.clone(), seqlen_offset=40_000)
+    RotaryEmbedding(64, scale_base=4096.0)(qkv, seqlen_offset=200_000)
+
+
+def test_names_that_code_for_flash_attn_reads() -> None:
+    module = RotaryEmbedding(16)
+    expected = 1.0 / BASE ** (torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(module.inv_freq, expected)
+    assert module._cos_cached is module._sin_cached is module.scale is None
+    assert module._seq_len_cached == 0
+    module._update_cos_sin_cache(9, device=DEVICE, dtype=torch.bfloat16)
+    angles = torch.outer(torch.arange(9.0), expected).to(DEVICE)
+    for table, value in ((module._cos_cached, angles.cos()), (module._sin_cached, angles.sin())):
+        assert table is not None
+        torch.testing.assert_close(table, value.bfloat16())
+    assert module._seq_len_cached == 9
+    assert module._cos_k_cached is module._sin_k_cached is None
+    assert module.inv_freq.device.type == DEVICE.type
+    module._update_cos_sin_cache(5)
+    assert module._seq_len_cached == 9
+    xpos = RotaryEmbedding(16, scale_base=512.0, device=DEVICE)
+    assert xpos.scale is not None
+    torch.testing.assert_close(xpos.scale.cpu(), (torch.arange(0, 16, 2) + 6.4) / 22.4)
+    for table in (xpos._cos_k_cached, xpos._sin_k_cached):
+        assert table is not None
+        assert table.dtype == torch.float32
+    assert rotary.apply_rotary_emb_func is rotary.apply_rotary_emb
+
+
+@pytest.mark.parametrize("name", ["base", "scale_base"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_numbers_that_make_no_tables(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got {value}; supported: greater than 0, fin"):
+        RotaryEmbedding(8, **{name: value})
 
 
 # --- Context extension ----------------------------------------------------------------------------

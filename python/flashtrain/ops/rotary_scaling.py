@@ -15,7 +15,7 @@ from torch import Tensor
 
 def frequencies(dim: int, base: float) -> Tensor:
     """base**(-2i / dim) for pairs i, float64 [dim / 2] (Su et al. 2021, section 3.3)."""
-    return base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return base ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
 
 
 def _check_at_least_1(name: str, value: float) -> None:
@@ -97,7 +97,7 @@ class YarnScaling(RotaryScaling):
 
         low = max(math.floor(pair_of(self.beta_fast)), 0)
         high = min(math.ceil(pair_of(self.beta_slow)), dim - 1)
-        pairs = torch.arange(dim // 2, dtype=torch.float64)
+        pairs = torch.arange(dim // 2, dtype=torch.float64, device="cpu")
         interpolated = ((pairs - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
         plain = frequencies(dim, base)
         return plain / self.factor * interpolated + plain * (1.0 - interpolated)
