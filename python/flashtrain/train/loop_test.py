@@ -1,5 +1,6 @@
 """The loop in this process, disturbed between any two of its steps."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,9 +15,9 @@ import torch
 
 from flashtrain.data.token_files import write_token_files
 from flashtrain.errors import RunInterruptedError, TrainingDivergedError, UserError
-from flashtrain.train import checkpoint, evaluation, loop, run_log
+from flashtrain.train import checkpoint, evaluation, loop, manifest
 from flashtrain.train.config import RunConfig
-from flashtrain.train.log_file import LogFile
+from flashtrain.train.load_model import load_model
 from flashtrain.train.step import TrainStep
 
 
@@ -40,31 +41,40 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def train_in(workdir: Path, data: Path, **changes: Any) -> None:
+    """Trains a tiny model up to step 6; changes: <section>__<key>=value."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"d_model": 16, "num_layers": 1, "num_heads": 2},
+        "data": {"path": str(data), "seed": 1, "seq_len": 16, "batch_size": 2},
+        "optim": {"lr": 1e-3},
+        "trainer": {
+            "max_steps": 6,
+            "global_batch_size": 2,
+            "save_every": 2,
+            "eval_every": 3,
+            "sample_tokens": 0,
+            "log_every": 1,
+            "device": "cpu",
+        },
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        sections[section][key] = value
+    loop.train(RunConfig.from_mapping("test", sections), workdir, ["train"])
+
+
 @pytest.fixture
 def train(data: Path, tmp_path: Path) -> Callable[..., None]:
-    """Trains a tiny model in `tmp_path / "run"` up to step 6; changes: <section>__<key>=value."""
+    """`train_in` the folder `tmp_path / "run"`."""
+    return functools.partial(train_in, tmp_path / "run", data)
 
-    def run(workdir: Path = tmp_path / "run", **changes: Any) -> None:
-        sections: dict[str, dict[str, Any]] = {
-            "model": {"d_model": 16, "num_layers": 1, "num_heads": 2},
-            "data": {"path": str(data), "seed": 1, "seq_len": 16, "batch_size": 2},
-            "optim": {"lr": 1e-3},
-            "trainer": {
-                "max_steps": 6,
-                "global_batch_size": 2,
-                "save_every": 2,
-                "eval_every": 3,
-                "sample_tokens": 0,
-                "log_every": 1,
-                "device": "cpu",
-            },
-        }
-        for name, value in changes.items():
-            section, key = name.split("__")
-            sections[section][key] = value
-        loop.train(RunConfig.from_mapping("test", sections), workdir, ["train"])
 
-    return run
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train_in(folder, data, trainer__max_steps=2, trainer__eval_every=0)
+    return folder
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[Any], None]) -> None:
@@ -236,28 +246,6 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(
     assert steps(tmp_path / "run" / "checkpoints") == [4, 6]
 
 
-def test_a_record_is_whole_or_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = LogFile(tmp_path / "log")
-    file.append(b"one\n")
-    write = os.write
-    left = [2]
-
-    def write_two_bytes(descriptor: int, content: bytes) -> int:
-        if not left[0]:
-            raise OSError(28, os.strerror(28))
-        left[0] -= 1
-        return write(descriptor, content[:1])
-
-    with monkeypatch.context() as patch:
-        patch.setattr("flashtrain.train.log_file.os.write", write_two_bytes)
-        with pytest.raises(OSError, match="No space left"):
-            file.append(b"two\n")
-    assert (tmp_path / "log").read_bytes() == b"one\n"
-    file.append(b"three\n")
-    assert (tmp_path / "log").read_bytes() == b"one\ntwo\nthree\n"
-    file.close()
-
-
 def test_a_folder_that_is_removed_is_made_again(
     train: Callable[..., None],
     tmp_path: Path,
@@ -304,9 +292,84 @@ def test_a_signal_while_the_end_is_measured_leaves_it_to_the_next_start(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 6
 
 
-def test_texts_that_are_not_utf8_are_logged(train: Callable[..., None], tmp_path: Path) -> None:
-    folder = run_log.RunFolder(tmp_path)
-    with run_log.RunLog(folder, step=0, max_steps=1) as log:
-        log.text(0, "command", "train --workdir=\udcff")
-        log.hyperparameters({"data.path": "\udcff"}, metrics=())
-    assert list((tmp_path / "tensorboard").iterdir())
+def _changed(
+    trained: Path, folder: Path, change: Callable[[dict[str, Any]], Any]
+) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of a copy of the run, with another manifest, and that."""
+    shutil.copytree(trained, folder / "run")
+    path = checkpoint.path_of(folder / "run" / "checkpoints", 2)
+    content = manifest.read(path)
+    change(content)
+    manifest.write(path, content)
+    return path, content
+
+
+def _set(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content[section].__setitem__(key, value)
+
+
+def _progress(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["state"]["progress"].__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("state"),
+        lambda content: content.pop("config"),
+        lambda content: content.pop("data"),
+        lambda content: content["state"].pop("rng"),
+        _set("state", "progress", None),
+        _set("state", "progress", {}),
+        _set("state", "guard", {"mean": [1.0], "variance": [1.0, 1.0], "count": 1}),
+        _set("state", "guard", {"mean": "x", "variance": None, "count": -1}),
+        _set("state", "rng", {"python": [3, [1], None], "numpy": [], "torch": "00"}),
+        _set("state", "rng", {"python": 1}),
+        _progress("step", 3),
+        _progress("step", -1),
+        _progress("skipped_steps", 10**30),
+        _progress("timed_steps", 1.5),
+        _progress("metrics", {"loss": "low"}),
+        _progress("no_such_key", 1),
+        _set("config", "data", 7),
+        _set("config", "model", []),
+    ],
+)
+def test_a_signed_state_may_be_anything(
+    change: Callable[[dict[str, Any]], None],
+    train: Callable[..., None],
+    trained: Path,
+    tmp_path: Path,
+) -> None:
+    """It is refused in one line, with nothing changed."""
+    path, content = _changed(trained, tmp_path, change)
+    with pytest.raises(UserError) as caught:
+        train(trainer__max_steps=3)
+    assert caught.value.exit_code == 2
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert manifest.read(path) == content | {"sha256": manifest.checksum(content)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set("config", "model", {"d_model": "wide"}),
+        _set("config", "model", {"d_model": 10**12, "num_layers": 1, "num_heads": 1}),
+        _set("config", "model", {"d_model": 16, "num_layers": 10**9, "num_heads": 2}),
+        _set("config", "model", {"d_model": 16, "num_layers": 1, "num_heads": 0}),
+        _set("config", "model", {"d_model": float("nan"), "num_layers": 1, "num_heads": 2}),
+        _set("config", "model", None),
+        _set("config", "data", {}),
+        _set("data", "vocab_size", -1),
+        _set("data", "vocab_size", 2**62),
+        _set("data", "tokenizer", ["bytes"]),
+        _set("data", "tokenizer", "../../secret"),
+    ],
+)
+def test_a_signed_config_may_be_anything(
+    change: Callable[[dict[str, Any]], None], trained: Path, tmp_path: Path
+) -> None:
+    path, _ = _changed(trained, tmp_path, change)
+    with pytest.raises(UserError):
+        load_model(path, torch.device("cpu"))
