@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashtrain.data.errors import DataError
+from flashtrain.data.errors import DataError, cannot_read
 from flashtrain.data.images import ImageDataset
 from flashtrain.data.workers import die_with_parent
 
@@ -104,6 +104,13 @@ def _check_torchvision() -> None:
         ) from error
 
 
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise cannot_read(folder, error) from error
+
+
 def _class_names(folder: Path) -> list[str]:
     for split in ("train", "val"):
         if not (folder / split).is_dir():
@@ -111,12 +118,12 @@ def _class_names(folder: Path) -> list[str]:
                 f"{folder / split} is no folder; expected are {folder}/train/<class>/<image> and "
                 f"{folder}/val/<class>/<image>: set DATA_DIR or --config.data.path"
             )
-    names = sorted(entry.name for entry in os.scandir(folder / "train") if entry.is_dir())
-    strangers = sorted(
+    names = [entry.name for entry in _entries(folder / "train") if entry.is_dir()]
+    strangers = [
         entry.name
-        for entry in os.scandir(folder / "val")
+        for entry in _entries(folder / "val")
         if entry.is_dir() and entry.name not in names
-    )
+    ]
     if strangers:
         raise DataError(
             f"{folder}/val has the class {strangers[0]!r}, which {folder}/train has not; both must "
@@ -131,12 +138,15 @@ def _files(folder: Path, split: str, classes: list[str]) -> tuple[list[str], np.
     labels: list[int] = []
     for label, name in enumerate(classes):
         path = folder / split / name
-        found = sorted(
-            entry.path
-            for entry in (os.scandir(path) if path.is_dir() else ())
+        found = [
+            entry
+            for entry in (_entries(path) if path.is_dir() else ())
             if entry.name.lower().endswith(_SUFFIXES)
-        )
-        files += found
+        ]
+        for entry in found:
+            if not entry.is_file():  # a pipe may never end
+                raise DataError(f"{entry.path} has the name of an image, but is no file")
+        files += [entry.path for entry in found]
         labels += [label] * len(found)
     if not files:
         raise DataError(
@@ -173,10 +183,11 @@ def _load(split: str, file: str, key: tuple[int, int, int]) -> np.ndarray:
     # Python's hash of a tuple of integers is the same in every process.
     torch.manual_seed(hash(key))
     try:
-        with Image.open(file) as image:
-            altered = _transforms[split](image.convert("RGB"))
-    except OSError as error:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except Exception as error:  # each format has its own
         raise DataError(
-            f"{file} cannot be read as an image: {error}; remove or replace it"
+            f"{file} cannot be read as an image: {error or type(error).__name__}; repair or"
+            " replace it"
         ) from None
-    return np.asarray(altered).transpose(2, 0, 1)
+    return np.asarray(_transforms[split](image)).transpose(2, 0, 1)

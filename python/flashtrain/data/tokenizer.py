@@ -48,12 +48,15 @@ class ByteTokenizer:
         return hashlib.sha256(self.name.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of `text`."""
-        return list(text.encode("utf-8"))
+        """The UTF-8 bytes of `text`; of U+FFFD for lone surrogates, which have none."""
+        return self.encode_to_array(text).tolist()
 
     def encode_to_array(self, text: str) -> np.ndarray:
         """The same as uint8 [bytes]."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8)
+        try:
+            return np.frombuffer(text.encode("utf-8"), np.uint8)
+        except UnicodeEncodeError:
+            return np.frombuffer(_without_surrogates(text).encode("utf-8"), np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the bytes; what is not valid UTF-8, or no byte at all, becomes U+FFFD.
@@ -110,8 +113,7 @@ class GPT2Tokenizer:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # as tiktoken does for lists
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
+            return self._encoding.encode_to_numpy(_without_surrogates(text), disallowed_special=())
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the tokens; U+FFFD for what is not valid UTF-8 or no token at all.
@@ -123,6 +125,10 @@ class GPT2Tokenizer:
             b"\xff" if t < 0 else self._encoding.decode_single_token_bytes(t) for t in known
         )
         return data.decode("utf-8", errors="replace")
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 _TOKENIZERS: dict[str, type[Tokenizer]] = {t.name: t for t in (ByteTokenizer, GPT2Tokenizer)}
