@@ -18,19 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from flashtrain import files
 from flashtrain.data.chunks import ChunkId, chunk_size, list_chunks, read_chunk, replace_durably
 from flashtrain.data.corpus import Corpus
 from flashtrain.data.errors import DataError
+from flashtrain.data.manifest import Documents, Split
 from flashtrain.data.token_files import (
     ENDS_DTYPE,
-    Documents,
-    Split,
     documents_file,
-    fsync_folder,
     sha256_of,
     tokens_file,
 )
-from flashtrain.data.workers import context, die_with_parent
+from flashtrain.data.workers import cannot_start, context, die_with_parent
 
 # Of the documents, and the seed that chooses them: those of the published recipes.
 VALIDATION_SHARE = 0.0005
@@ -129,15 +128,12 @@ def _join(placed: _Placed, folder: Path, joined: Path, dtype: np.dtype) -> None:
 
 
 def _write_at(path: Path, array: np.ndarray, offset: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
+    with path.open("r+b", buffering=0) as file:
         data = memoryview(np.ascontiguousarray(array)).cast("B")
         while data:
-            written = os.pwrite(descriptor, data, offset)
+            written = os.pwrite(file.fileno(), data, offset)
             data, offset = data[written:], offset + written
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        files.flush(file)
 
 
 def _move(joined: Path, out: Path, split: str) -> None:
@@ -173,17 +169,15 @@ def _hold_out(joined: Path, out: Path, dtype: np.dtype, pool: "_Pool") -> None:
 
 
 def _shuffled_order(path: Path, total: int) -> np.ndarray:
-    """What default_rng(seed).permutation(total) returns, but on disk: 8 bytes for a document."""
+    """What default_rng(seed).permutation(total) returns; 8 bytes for a document.
+
+    On the disk for the processes that gather documents, and made in memory: a disk that is full
+    kills a process that writes to it through a mapping, without a word.
+    """
     if not path.exists():
-        temporary = path.with_suffix(".order-in-work")
-        order = np.memmap(temporary, np.int64, mode="w+", shape=(total,))
-        for begin in range(0, total, _INDEX_DOCUMENTS):
-            order[begin : begin + _INDEX_DOCUMENTS] = np.arange(
-                begin, min(begin + _INDEX_DOCUMENTS, total)
-            )
-        np.random.default_rng(VALIDATION_SEED).shuffle(order.view(np.ndarray))
-        order.flush()
-        temporary.replace(path)
+        order = np.arange(total, dtype=np.int64)
+        np.random.default_rng(VALIDATION_SEED).shuffle(order)
+        replace_durably(path, order.data.cast("B"))
     return np.memmap(path, np.int64, mode="r")
 
 
@@ -238,8 +232,8 @@ def _describe(folder: Path, splits: Iterable[str], dtype: np.dtype) -> dict[str,
         ends = {s: threads.submit(digest, s, documents_file, ENDS_DTYPE.itemsize) for s in splits}
     for path in folder.iterdir():
         with path.open("rb") as file:
-            os.fsync(file.fileno())
-    fsync_folder(folder)
+            files.flush(file)
+    files.flush_folder(folder)
     return {s: Split(*tokens[s].result(), Documents(*ends[s].result())) for s in splits}
 
 
@@ -269,7 +263,12 @@ class _Pool:
             )
         try:
             all_tasks = itertools.chain(first, tasks)
-            futures = [self._executor.submit(function, *task) for task in all_tasks]
+            try:
+                futures = [self._executor.submit(function, *task) for task in all_tasks]
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise cannot_start(error) from error
             for future in futures:
                 future.result()
         except (BrokenProcessPool, BrokenPipeError) as error:  # later, or as it began

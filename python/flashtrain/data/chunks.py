@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from flashtrain import files
 from flashtrain.data.corpus import Piece, Shard
-from flashtrain.data.token_files import ENDS_DTYPE, write_durably
+from flashtrain.data.token_files import ENDS_DTYPE
 from flashtrain.data.tokenizer import Tokenizer
 
 # Of text; some 4 million tokens, a few seconds of work for one core.
@@ -82,13 +83,14 @@ def write_chunk(path: Path, chunk: Chunk) -> None:
     replace_durably(path, data)
 
 
-def replace_durably(path: Path, data: bytes) -> None:
+def replace_durably(path: Path, data: bytes | memoryview) -> None:
     """Writes a file so that under its name there is the old content, or none, or the new one."""
-    # Another run's process, orphaned for a moment, may write the same content.
+    # Not files.write: another run's process, orphaned for a moment, may write the same content.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
     try:
-        write_durably(temporary, data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            files.flush(file)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -121,6 +123,13 @@ def missing_chunks(folder: Path, split: str, shard: int) -> bool:
     except FileNotFoundError:
         return True
     return not all(ChunkId(split, shard, i).path(folder).exists() for i in range(count))
+
+
+def forget_shard(folder: Path, split: str, shard: int) -> None:
+    """Removes what was done of a shard, whose text is another by now."""
+    shard_record(folder, split, shard).unlink(missing_ok=True)
+    for path in folder.glob(f"{split}-{shard:06d}-*.chunk"):
+        path.unlink(missing_ok=True)
 
 
 def list_chunks(folder: Path, split: str, num_shards: int) -> Iterator[ChunkId]:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from flashtrain import files
 from flashtrain.data.errors import DataError, missing_package
 
 BLOCK_BYTES = 2**20
-# Text shrinks to a third; even a block that grows a thousandfold stays small in memory.
-_COMPRESSED_BLOCK_BYTES = 2**17
+# What is decoded at a time: of zstd 4 bytes may become 128 KiB, so these at most 128 MiB.
+_COMPRESSED_BLOCK_BYTES = 2**12
 
 
 @contextlib.contextmanager
@@ -20,19 +21,29 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for reading.
 
     Raises:
-        DataError: the compressed file is damaged or incomplete (also while it is read).
+        DataError: the compressed file is damaged or incomplete (also while it is read), or it is no
+            regular file, whose reading may never end.
         OSError: it cannot be read.
     """
     try:
         with contextlib.ExitStack() as stack:
+            _check_regular(path)
             file: Any = stack.enter_context(path.open("rb", buffering=BLOCK_BYTES))
-            if path.suffix == ".gz":
+            suffix = path.suffix.lower()
+            if suffix == ".gz":
                 file = io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=file)), BLOCK_BYTES)
-            elif path.suffix == ".zst":
+            elif suffix == ".zst":
                 file = io.BufferedReader(_ZstdReader(path, file), BLOCK_BYTES)
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged or incomplete: {error}") from error
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        files.check_regular(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 class _ZstdReader(io.RawIOBase):

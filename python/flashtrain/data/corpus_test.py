@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
@@ -9,6 +11,8 @@ import pytest
 import zstandard
 
 from flashtrain.data import DataError
+from flashtrain.data import corpus as corpus_module
+from flashtrain.data.compressed import open_binary
 from flashtrain.data.corpus import Corpus, Shard
 from flashtrain.data.load import parse_mixture
 from flashtrain.data.sources import default_folder, parse_source
@@ -50,7 +54,7 @@ def test_text_files(tmp_path, suffix):
         (tmp_path / f"{number}.txt{suffix}").write_bytes(compress(text.encode(), suffix))
     source = parse_source(f"text:{tmp_path}/*.txt{suffix}")
     assert all_texts(source.corpus()) == DOCUMENTS
-    assert source.description()["files"] == 6
+    assert len(source.files()["train"]) == 6
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -126,6 +130,14 @@ def test_a_dataset_that_is_not_there_is_one_line(folder_of_datasets):
         ("a.jsonl", b'{"body": "a"}\n', r"line 1 has no text in field 'text'; its fields: body"),
         ("a.jsonl", b'{"text": 1}\n', r"line 1 has no text in field 'text'"),
         ("a.jsonl", b"[1]\n", r"line 1 has no text in field 'text'; .* it is no object"),
+        ("a.jsonl", b'{"text": "a"}\n{"b": ' + b"[" * 10**5, r"line 2 is nested too deeply"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"line 1 has no text in field 'text'"),
+        ("a.jsonl", b"\xff\xfe{\x00}\x00", r"a\.jsonl is UTF-16 or UTF-32, not UTF-8; convert"),
+        ("a.txt", "\ufefftext".encode("utf-16-be"), r"a\.txt is UTF-16, not UTF-8; convert it"),
+        ("a.txt", gzip.compress(b"text"), r"a\.txt is compressed by gzip, but its name does"),
+        ("a.txt", zstandard.compress(b"text"), r"a\.txt is compressed by zstd, but its name"),
+        ("a.txt", b"\xef\xbb\xbftext\xff", r"is not UTF-8: byte 0xff at offset 7;"),
+        ("a.txt.gz", gzip.compress(b"text")[:9], r"a\.txt\.gz is damaged or incomplete"),
     ],
 )
 def test_damaged_files(tmp_path, name, content, complaint):
@@ -135,6 +147,112 @@ def test_damaged_files(tmp_path, name, content, complaint):
     with pytest.raises(DataError, match=complaint) as caught:
         all_texts(parse_source(dataset).corpus())
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_and_constants_of_any_size_are_no_matter(tmp_path):
+    lines = ['{"id": %s, "text": "a"}' % ("1" * 5000), '{"x": [NaN, -Infinity], "text": "b"}']
+    lines += ['{"text": "first", "text": "last"}', '{"text": "a\\u0000b"}']
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines))
+    corpus = parse_source(f"jsonl:{tmp_path}/a.jsonl:text").corpus()
+    assert all_texts(corpus) == ["a", "b", "last", "a\0b"]
+
+
+def test_a_byte_order_mark_in_a_compressed_file_is_no_text(tmp_path):
+    (tmp_path / "a.txt.GZ").write_bytes(gzip.compress(b"\xef\xbb\xbf\xef\xbb\xbftext"))
+    corpus = parse_source(f"text:{tmp_path}/*").corpus()
+    assert all_texts(corpus) == ["\ufefftext"]
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_MAX_LINE_BYTES", 2**20)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(bytes(2**24)))
+    with pytest.raises(DataError, match=r"a line of more than 1,048,576 bytes"):
+        all_texts(parse_source(f"jsonl:{tmp_path}/*:text").corpus())
+
+
+def test_a_bomb_is_decoded_piece_by_piece(tmp_path):
+    zstd, block = zstandard.ZstdCompressor().compressobj(), bytes(2**20)
+    parts = [zstd.compress(block) for _ in range(1024)]
+    (tmp_path / "a.zst").write_bytes(b"".join(parts) + zstd.flush())
+    tracemalloc.start()
+    with open_binary(tmp_path / "a.zst") as file:
+        assert sum(len(block) for block in iter(lambda: file.read(2**20), b"")) == 2**30
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300 * 2**20
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.binary(),
+        pyarrow.large_binary(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    ],
+    ids=str,
+)
+def test_parquet_has_many_types_of_text(tmp_path, kind):
+    texts = pyarrow.array([*DOCUMENTS, None])
+    binary = str(kind) in ("binary", "large_binary")
+    texts = texts.cast(pyarrow.binary()).cast(kind) if binary else texts.cast(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    corpus = parse_source(f"parquet:{tmp_path}/*:text").corpus()
+    assert all_texts(corpus) == DOCUMENTS
+
+
+def test_parquet_that_is_no_text(tmp_path):
+    lists = pyarrow.array([["a"], ["b"]])
+    columns = {
+        "list": lists,
+        "dictionary": pyarrow.array([1, 2]).dictionary_encode(),
+        "struct": pyarrow.array([{"x": "a"}, {"x": "b"}]),
+        "null": pyarrow.nulls(2),
+        "bytes": pyarrow.array([b"ab", b"a\xff"]),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    for column in ("list", "dictionary", "struct", "struct.x"):
+        with pytest.raises(DataError, match=rf"no column '{column}' of strings; it has: list"):
+            all_texts(parse_source(f"parquet:{tmp_path}/*:{column}").corpus())
+    assert all_texts(parse_source(f"parquet:{tmp_path}/*:null").corpus()) == []
+    with pytest.raises(DataError, match=r"a\.parquet, column 'bytes', .* not UTF-8 \(byte 0xff\)"):
+        all_texts(parse_source(f"parquet:{tmp_path}/*:bytes").corpus())
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for damaged in (b"", b"PAR1", whole[:200], whole[50:]):
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.parquet is not a whole Parquet file"):
+            all_texts(parse_source(f"parquet:{tmp_path}/*:null").corpus())
+
+
+def test_what_matches_but_is_no_file(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "folder.txt").mkdir()
+    source = parse_source(f"text:{tmp_path}/*")
+    assert all_texts(source.corpus()) == ["a"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is a pipe, a device or a socket, not a file"):
+        source.files()
+    (tmp_path / "pipe").unlink()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(DataError, match="link is a symbolic link to nothing"):
+        source.files()
+    (tmp_path / "link").unlink()
+    real = os.access  # which allows root everything
+    monkeypatch.setattr(os, "access", lambda path, mode: path != f"{tmp_path}" and real(path, mode))
+    with pytest.raises(DataError, match=rf"cannot read {tmp_path}: permission denied"):
+        source.files()
+
+
+def test_a_file_that_has_gone(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    corpus = parse_source(f"text:{tmp_path}/*").corpus()
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(FileNotFoundError):  # workers.py makes a line of it
+        all_texts(corpus)
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a\.txt is a pipe, not a regular file"):
+        all_texts(corpus)
 
 
 def test_offsets_of_bad_bytes_far_into_a_file(tmp_path):
@@ -159,7 +277,7 @@ def test_the_pile_of_local_shards(tmp_path):
     assert all_texts(source.corpus(), "val") == ["val.jsonl.zst", "more"]
     assert "test" not in source.corpus().splits
     with pytest.raises(DataError, match=r"/nowhere/train/\*\.jsonl\.zst; The Pile is no longer"):
-        parse_source("the_pile:/nowhere").description()
+        parse_source("the_pile:/nowhere").files()
 
 
 @pytest.mark.parametrize(
@@ -190,6 +308,7 @@ def test_default_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     assert default_folder("openwebtext") == tmp_path / "openwebtext"
     assert default_folder("the_pile:/mnt/pile") == tmp_path / "the_pile"
+    assert default_folder("text:\udcff/*").name.startswith("text-")
     names = {default_folder(d).name for d in ("text:a/*.txt", "text:b/*.txt", "hf:a/b", "hf:b")}
     assert len(names) == 4
     assert all(name.replace("-", "").isalnum() for name in names)

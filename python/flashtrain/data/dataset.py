@@ -23,8 +23,9 @@ from torch import Tensor
 
 from flashtrain.data.errors import DataError
 from flashtrain.data.interleave import Interleave
+from flashtrain.data.manifest import Manifest, read_manifest, remedy
 from flashtrain.data.permutation import Permutation
-from flashtrain.data.token_files import open_documents, open_split, read_manifest
+from flashtrain.data.token_files import check_tokens, open_documents, open_split
 from flashtrain.data.tokenizer import Tokenizer, get_tokenizer
 
 # Fewest columns of documents_BC: so few that they cost nothing, enough for most windows.
@@ -153,7 +154,7 @@ class TokenDataset:
         ]
         rows = np.empty((share, self.seq_len + 1), np.int64)
         for row, (source, start) in zip(rows, places):
-            row[:] = source.train.tokens[start : start + self.seq_len + 1]
+            row[:] = source.train.read(start, self.seq_len + 1)
         if not self.document_mask:
             return _batch(rows, None)
         return _batch(rows, [source.train.document_starts(s, self.seq_len) for source, s in places])
@@ -193,7 +194,7 @@ class TokenDataset:
     def _val_batch(
         self, split: "_Split", first: int, count: int, length: int
     ) -> tuple[Tensor, ...]:
-        tokens = split.tokens[first : first + count * length + 1].astype(np.int64)
+        tokens = split.read(first, count * length + 1).astype(np.int64)
         rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length].copy()
         if not self.document_mask:
             return _batch(rows, None)
@@ -206,8 +207,17 @@ class TokenDataset:
 class _Split:
     """One split of a folder: its tokens and, where they are known, the ends of its documents."""
 
+    folder: Path
+    manifest: Manifest
+    name: str
     tokens: np.ndarray
     ends: np.ndarray | None
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """Tokens from `first` on. Raises DataError where one is outside the vocabulary."""
+        tokens = self.tokens[first : first + count]
+        check_tokens(tokens, self.manifest, self.folder / self.manifest.splits[self.name].file)
+        return tokens
 
     def document_starts(self, first: int, length: int) -> np.ndarray:
         """Where documents begin in the tokens first..first+length-1: 0, and after each end."""
@@ -215,7 +225,13 @@ class _Split:
         begin = np.searchsorted(self.ends, np.uint64(first), side="right")
         end = np.searchsorted(self.ends, np.uint64(first + length), side="left")
         inner = self.ends[begin:end].astype(np.int64) - first
-        return np.concatenate([[0], inner])
+        starts = np.concatenate([[0], inner])
+        if end < begin or (np.diff(starts, append=length) < 0).any():
+            raise DataError(
+                f"{self.folder}: the documents of {self.name!r} are in no order;"
+                f" {remedy(self.folder)}"
+            )
+        return starts
 
     def batches(self, batch_size: int, seq_len: int) -> Iterator[tuple[int, int, int]]:
         """(first token, windows, inputs of each) of batches that cover the split."""
@@ -240,9 +256,9 @@ class _Tokens:
             if document_mask and ends is None:
                 raise DataError(
                     f"data.document_mask needs to know where documents end, but {folder} has no"
-                    " index of documents; delete it and prepare it again"
+                    " index of documents; prepare the data again in another folder"
                 )
-            splits[name] = _Split(tokens, ends)
+            splits[name] = _Split(folder, self.manifest, name, tokens, ends)
         self.train, self.val = splits["train"], splits["val"]
         self.num_windows = (len(self.train.tokens) - 1) // seq_len
         if self.num_windows < 1:

@@ -316,7 +316,11 @@ def test_a_mixture_has_one_tokenizer(tmp_path, folder):
     write_token_files(tmp_path / "x", splits, tokenizer="gpt2", vocab_size=50257, source={})
     with pytest.raises(DataError, match=r"x has the tokenizer 'gpt2', but .* has 'bytes'"):
         TokenDataset([Part(folder, 1.0), Part(tmp_path / "x", 1.0)], seq_len=8, seed=0)
-    for weight, complaint in ((1e-6, "at least 1/4096"), (np.inf, "positive"), (np.nan, "positive")):
+    for weight, complaint in (
+        (1e-6, "at least 1/4096"),
+        (np.inf, "positive"),
+        (np.nan, "positive"),
+    ):
         with pytest.raises(DataError, match=rf"data\.source: weights=.* must be {complaint}"):
             TokenDataset([Part(folder, 1.0), Part(folder, weight)], seq_len=8, seed=0)
 

@@ -22,7 +22,7 @@ def describe_samples(dataset: TokenDataset, samples: Iterable[int]) -> list[str]
     for sample, source_number, window in zip(numbers.tolist(), sources.tolist(), windows.tolist()):
         source = dataset.sources[source_number]
         first = window * dataset.seq_len
-        tokens = source.train.tokens[first : first + _SHOWN_TOKENS].tolist()
+        tokens = source.train.read(first, _SHOWN_TOKENS).tolist()
         lines.append(
             f"sample {sample}: {source.folder.name} window {window}, tokens {first:,} to"
             f" {first + dataset.seq_len:,}{_documents(source.train.ends, first, dataset.seq_len)}:"

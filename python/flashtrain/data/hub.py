@@ -1,6 +1,7 @@
 """Datasets of the Hugging Face hub, or of local folders in its layouts, through `datasets`."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -21,12 +22,31 @@ class HubInfo:
     column: str
 
 
-def describe(name: str, config: str | None, column: str | None) -> HubInfo:
+def revision(name: str, config: str | None) -> str | None:
+    """The commit that a dataset of the hub is at; None where `datasets` does not say.
+
+    Raises:
+        DataError: it cannot be reached, or does not exist.
+    """
+
+    def load() -> Any:
+        import datasets
+
+        return datasets.load_dataset_builder(name, config)
+
+    found = str(_ask(name, config, load).hash or "")
+    return found if re.fullmatch("[0-9a-f]{40}", found) else None
+
+
+def describe(
+    name: str, config: str | None, column: str | None, revision: str | None = None
+) -> HubInfo:
     """Asks for a dataset's splits and columns.
 
     Args:
         name, config: as for datasets.load_dataset.
         column: of the text; None: "text", or the only column of strings.
+        revision: its commit; None: the newest.
 
     Raises:
         DataError: it cannot be reached, does not exist, or has no such column or no training split.
@@ -35,7 +55,7 @@ def describe(name: str, config: str | None, column: str | None) -> HubInfo:
     def load() -> Any:
         import datasets
 
-        return datasets.load_dataset(name, config, streaming=True)
+        return datasets.load_dataset(name, config, revision=revision, streaming=True)
 
     found = _ask(name, config, load)
     splits = {
@@ -71,14 +91,19 @@ def _text_column(name: str, features: Any, column: str | None) -> str:
 
 
 def stream(
-    name: str, config: str | None, split: str, num_shards: int, index: int
+    name: str,
+    config: str | None,
+    split: str,
+    num_shards: int,
+    index: int,
+    revision: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of one shard, in order."""
 
     def load() -> Any:
         import datasets
 
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
         return rows.shard(num_shards, index) if num_shards > 1 else rows
 
     rows = iter(_ask(name, config, load))

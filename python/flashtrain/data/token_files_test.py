@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashtrain.data import DataError, token_files
+from flashtrain import files
+from flashtrain.data import DataError, TokenDataset, token_files
+from flashtrain.data.manifest import Manifest, read_manifest
 from flashtrain.data.token_files import (
-    Manifest,
     open_documents,
     open_split,
-    read_manifest,
     remove_abandoned,
     verify_folder,
     write_token_files,
@@ -110,9 +110,9 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr(token_files, "write_durably", fail_at_the_second_file)
+    monkeypatch.setattr(files, "write", fail_at_the_second_file)
     with pytest.raises(
-        DataError, match=r"cannot write .*/prepared: No space left on device; set D"
+        DataError, match=r"cannot write .*/prepared: the disk is full; free space there; choose"
     ):
         write(tmp_path / "prepared")
     assert len(written) == 2
@@ -120,14 +120,14 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_folder_appears_only_when_it_is_whole(tmp_path, monkeypatch):
-    fsynced, write_durably = [], token_files.write_durably
+    fsynced, write_file = [], files.write
 
     def watch(path, data):
         assert not (tmp_path / "prepared").exists()
-        write_durably(path, data)
+        write_file(path, data)
         fsynced.append(path.name)
 
-    monkeypatch.setattr(token_files, "write_durably", watch)
+    monkeypatch.setattr(files, "write", watch)
     write(tmp_path / "prepared")
     assert fsynced == ["train.bin", "val.bin", "manifest.json"]
     assert os.listdir(tmp_path) == ["prepared"]
@@ -149,7 +149,7 @@ def _die_at_the_second_file(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         path.write_bytes(data)
 
-    token_files.write_durably = die
+    files.write = die
     write(folder)
 
 
@@ -166,6 +166,7 @@ def test_what_a_killed_writer_leaves_goes(tmp_path, done):
     assert left.startswith(".prepared.writing-")
     if done:  # by another process
         folder.mkdir()
+        (folder / "manifest.json").touch()
         remove_abandoned(folder)
     else:
         write(folder)
@@ -173,13 +174,13 @@ def test_what_a_killed_writer_leaves_goes(tmp_path, done):
 
 
 def test_what_a_writer_is_at_work_on_stays(tmp_path, monkeypatch):
-    write_durably = token_files.write_durably
+    write_file = files.write
 
     def watch(path, data):
         remove_abandoned(tmp_path / "prepared")
-        write_durably(path, data)
+        write_file(path, data)
 
-    monkeypatch.setattr(token_files, "write_durably", watch)
+    monkeypatch.setattr(files, "write", watch)
     write(tmp_path / "prepared")
     assert os.listdir(tmp_path) == ["prepared"]
 
@@ -221,7 +222,7 @@ def test_truncated_file(folder):
     os.truncate(folder / "train.bin", 1998)
     text = message(folder)
     assert "train.bin holds 1,998 bytes, the manifest says 2,000" in text
-    assert f"delete {folder} and prepare it again" in text
+    assert f"move {folder} away and prepare the data again" in text
 
 
 def test_flipped_bit(folder):
@@ -255,7 +256,25 @@ def test_large_files_are_verified_on_demand(folder, monkeypatch):
         (lambda text: text.replace('"tokens": 1000', '"tokens": "many"'), "lacks or garbles"),
         (lambda text: text.replace('"splits"', '"parts"'), "lacks or garbles a field"),
         (lambda text: text.replace('"val":', '"test":'), "lacks the split 'val'"),
-        (lambda text: text.replace("train.bin", "../train.bin"), "lacks or garbles a field"),
+        (lambda text: text.replace("train.bin", "../train.bin"), "not the name of a file in its"),
+        (lambda text: text.replace('"tokens": 1000', '"tokens": ' + "9" * 5000), "is not JSON"),
+        (lambda text: text.replace('"tokens": 1000', f'"tokens": {10**30}'), "'tokens' is 1000000"),
+        (lambda text: text.replace('"tokens": 1000', '"tokens": 1000.0'), "'tokens' is 1000.0"),
+        (lambda text: text.replace('"tokens": 1000', '"tokens": true'), "'tokens' is True, not a"),
+        (lambda text: text.replace('"file": "val.bin"', '"file": 3'), "'file' is 3, not a string"),
+        (lambda text: text.replace('"sha256": "', '"sha256": "x'), "not a SHA-256 in hexadecimal"),
+        (lambda text: text.replace('"bytes"', "[]"), "'tokenizer' is [], not a string"),
+        (
+            lambda text: text.replace('{\n    "name"', "[" * 900 + "]" * 900 + ',"x": {"n"'),
+            "an object",
+        ),
+        (lambda text: '{"a":' * 10**5 + "1" + "}" * 10**5, "it is nested too deeply"),
+        (lambda text: text.replace('"test"', "[" * 900 + "]" * 900), "it is nested too deeply"),
+        (
+            lambda text: text.replace(": 256", ": 70000"),
+            "70,000 tokens, more than its dtype uint16",
+        ),
+        (lambda text: text.replace("{", "{" + " " * 2**24, 1), "more than 16,777,216 bytes"),
     ],
 )
 def test_damaged_manifests(folder, edit, complaint):
@@ -268,10 +287,75 @@ def test_damaged_manifests(folder, edit, complaint):
 
 def test_manifest_that_is_no_text(folder):
     (folder / "manifest.json").write_bytes(b"\xff\xfe\x00")
-    assert "cannot read" in message(folder)
+    assert "manifest.json is not UTF-8" in message(folder)
 
 
 def test_manifest_round_trip(folder):
     manifest = read_manifest(folder)
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert json.loads(manifest.to_json())["version"] == 1
+
+
+def rewrite(folder: Path, **fields: Any) -> None:
+    """Changes fields of a manifest."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train.bin"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+def test_only_regular_files_are_opened(folder, name, kind):
+    path = folder / name
+    path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    assert f"{path} is {kind}, not a regular file" in message(folder)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_tokens_outside_the_vocabulary_are_found(folder, monkeypatch, verify):
+    """When a small file is opened, and before a batch of a large one is used."""
+    rewrite(folder, vocab_size=200)
+    if not verify:
+        monkeypatch.setattr(token_files, "VERIFY_AT_LOAD_BYTES", 100)
+    complaint = r"train\.bin holds token 2\d\d, outside its vocabulary of 200"
+    if verify:
+        with pytest.raises(DataError, match=complaint):
+            open_split(folder, read_manifest(folder), "train")
+    else:
+        dataset = TokenDataset(folder, seq_len=8, seed=0)
+        with pytest.raises(DataError, match=complaint):
+            dataset.train_batch(0, dataset.num_train_windows)
+
+
+def test_documents_in_no_order_are_found(tmp_path, monkeypatch):
+    splits = {"train": TRAIN, "val": VAL}
+    ends = {"train": np.array([900, 400, 1000]), "val": np.array([100])}
+    options: dict[str, Any] = {"tokenizer": "bytes", "vocab_size": 256, "source": {}}
+    write_token_files(tmp_path / "x", splits, ends=ends, **options)
+    with pytest.raises(DataError, match=r"train\.documents\.bin: its documents are in no order"):
+        TokenDataset(tmp_path / "x", seq_len=999, seed=0, document_mask=True)
+    monkeypatch.setattr(token_files, "VERIFY_AT_LOAD_BYTES", 10)
+    dataset = TokenDataset(tmp_path / "x", seq_len=999, seed=0, document_mask=True)
+    with pytest.raises(DataError, match="the documents of 'train' are in no order"):
+        dataset.train_batch(0, 1)
+
+
+def test_an_existing_folder_is_filled_if_it_is_empty(tmp_path):
+    folder = tmp_path / "mount"
+    (folder / "lost+found").mkdir(parents=True)
+    (folder / ".hidden").touch()
+    write(folder)
+    assert np.array_equal(open_split(folder, read_manifest(folder), "train"), TRAIN)
+    names = [".hidden", "lost+found", "manifest.json", "train.bin", "val.bin"]
+    assert sorted(os.listdir(folder)) == names
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    with pytest.raises(
+        DataError, match=r"home holds other files .*'thesis\.tex'\); choose another"
+    ):
+        write(tmp_path / "home")

@@ -8,9 +8,11 @@ chunk's text waits in a short queue: memory does not grow with the corpus.
 import contextlib
 import dataclasses
 import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -27,14 +29,17 @@ from flashtrain.data.chunks import (
     write_chunk,
 )
 from flashtrain.data.corpus import Corpus
-from flashtrain.data.errors import DataError
-from flashtrain.data.token_files import DTYPES, dtype_for
+from flashtrain.data.errors import DataError, cannot_read, cannot_write
+from flashtrain.data.manifest import DTYPES
+from flashtrain.data.token_files import dtype_for
 from flashtrain.data.tokenizer import get_tokenizer
 
 # A reader serves this many encoders: it parses JSON and hands text on at over 150 MB/s, an encoder
 # takes 5 to 15.
 ENCODERS_PER_READER = 8
 _POLL_SECONDS = 1.0
+# Of 107: what is left is for the folder and the file that multiprocessing makes within.
+_SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +60,54 @@ class Done:
     tokens: int = 0
     chars: int = 0
 
+    def add(self, more: "Done") -> None:
+        self.documents += more.documents
+        self.tokens += more.tokens
+        self.chars += more.chars
+
 
 def context() -> Any:
-    """Processes forked from a helper that has no threads, whatever this process has running."""
+    """Processes forked from a helper that has no threads, whatever this process has running.
+
+    Raises:
+        DataError: this machine or environment cannot have any.
+    """
+    try:
+        os.getcwd()  # which new processes enter
+    except FileNotFoundError:
+        raise DataError("the folder you are in has been deleted; change to another") from None
+    try:
+        _shorten_socket_paths()
+    except OSError as error:
+        raise cannot_start(error) from error
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload([__name__])
     return forkserver
+
+
+def _shorten_socket_paths() -> None:
+    """The helper listens on a socket in the temporary folder, whose path has 107 bytes at most."""
+    if len(os.fsencode(tempfile.gettempdir())) <= _SOCKET_FOLDER_BYTES:
+        return
+    usual = tempfile.tempdir
+    for short in ("/tmp", "/var/tmp", "/dev/shm"):
+        if os.access(short, os.W_OK | os.X_OK):
+            tempfile.tempdir = short
+            try:
+                multiprocessing.util.get_temp_dir()  # made once, for all sockets of this process
+            finally:
+                tempfile.tempdir = usual
+            return
+    raise DataError(
+        f"cannot start processes: the path {tempfile.gettempdir()} is too long for a socket in it;"
+        " set TMPDIR to a shorter one"
+    )
+
+
+def cannot_start(error: OSError) -> DataError:
+    """The error of a machine or an environment that has no room for processes."""
+    reason = error.strerror or str(error)
+    return DataError(f"cannot start processes: {reason}; --workers=<n> starts fewer of them")
 
 
 def die_with_parent() -> None:
@@ -69,7 +116,8 @@ def die_with_parent() -> None:
     The kernel's parent of a forked process is the helper that forked it, which lives as long as
     any of them; so a thread waits for the end of the pipe that the asking process holds.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    for number in (signal.SIGINT, signal.SIGHUP):  # from the terminal: for the parent alone
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -111,9 +159,7 @@ def tokenize(work: Work, num_encoders: int, progress: Callable[[Done], None]) ->
                 if kind == "error":
                     raise DataError(value)
                 if kind == "chunk":
-                    done.documents += value.documents
-                    done.tokens += value.tokens
-                    done.chars += value.chars
+                    done.add(value)
                 elif kind == "read":
                     readers -= 1
                     if not readers:
@@ -145,6 +191,8 @@ class _Team:
             process.start()
         except BrokenPipeError:  # it did not live to be told what to do
             raise DataError(_death("was killed as it began")) from None
+        except OSError as error:
+            raise cannot_start(error) from error
         theirs.close()
         self._members[ours] = process
 
@@ -183,13 +231,15 @@ def _death(how: str) -> str:
 
 def _run(role: Callable[..., None], reports: Connection, *arguments: Any) -> None:
     die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to the whole job: for the parent, too
     try:
         role(reports, *arguments)
     except DataError as error:
         _report(reports, str(error))
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        _report(reports, f"cannot read{where}: {error.strerror or error}")
+        _report(reports, str(cannot_read("the text", error)))
+    except MemoryError:
+        _report(reports, _death("ran out of memory"))
 
 
 def _report(reports: Connection, error: str) -> None:
@@ -240,11 +290,3 @@ def _write(folder: Path, write: Callable[..., None], *arguments: Any) -> None:
         write(*arguments)
     except OSError as error:
         raise cannot_write(folder, error) from error
-
-
-def cannot_write(folder: Path, error: OSError) -> DataError:
-    """The error of a disk that is full or not writable."""
-    return DataError(
-        f"cannot write to {folder}: {error.strerror or error}; free space there, or choose another"
-        " folder with --out or DATA_DIR; what is done is kept, run it again to go on"
-    )

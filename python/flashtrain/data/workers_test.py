@@ -37,6 +37,8 @@ def siblings() -> list[int]:
 class LeavesNoEncoder:
     """A shard that stops all encoders, is read to its end, and has them killed a second later."""
 
+    files = ()
+
     def pieces(self) -> Iterator[Piece]:
         while len(encoders := siblings()) < ENCODERS:
             time.sleep(0.01)
