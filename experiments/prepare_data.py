@@ -12,9 +12,13 @@ nothing. The last line is JSON. Format and details: docs/data_format.md.
 Exit codes: flashtrain/errors.
 """
 
+from flashtrain import environment
+
+if __name__ == "__main__":
+    environment.start("interrupted")  # before the other imports, which take long
+
 import dataclasses
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +28,9 @@ from flashtrain.data.paths import user_path
 from flashtrain.data.sources import prepare
 from flashtrain.data.token_files import verify_folder
 from flashtrain.train import launcher
+from flashtrain.train.console import answer, say
+
+_MOST_WORKERS = 4096
 
 
 def main() -> int:
@@ -32,7 +39,6 @@ def main() -> int:
     parser.add_argument("--dataset", help="a name or description, see above")
     parser.add_argument(
         "--out",
-        type=user_path,
         help="the folder of the prepared data; default: ${DATA_DIR}/<name>, else ./data/<name>",
     )
     parser.add_argument(
@@ -44,19 +50,19 @@ def main() -> int:
     arguments = parser.parse()
     if not arguments.dataset:
         raise DataError("--dataset=<name> says what to prepare; --help shows the names")
-    if arguments.workers < 0:
-        raise DataError(f"--workers={arguments.workers} must be at least 0")
+    if not 0 <= arguments.workers <= _MOST_WORKERS:
+        raise DataError(f"--workers={arguments.workers} must be from 0 to {_MOST_WORKERS:,}")
+    if arguments.out == "":
+        raise DataError("--out= names no folder; leave it out for ${DATA_DIR}/<name>")
+    out = None if arguments.out is None else user_path(arguments.out)
 
-    try:
-        summary = prepare(arguments.dataset, arguments.out, workers=arguments.workers)
+    with launcher.interruptible("interrupted; what is done is kept, run it again to go on"):
+        summary = prepare(arguments.dataset, out, workers=arguments.workers)
         if arguments.verify:
             folder = Path(summary.manifest).parent
             verify_folder(folder)
-            print(f"{folder}: all checksums are right", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; what is done is kept, run it again to go on", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(json.dumps(dataclasses.asdict(summary)), flush=True)
+            say(f"{folder}: all checksums are right")
+    answer(json.dumps(dataclasses.asdict(summary)))
     return 0
 
 
