@@ -17,12 +17,12 @@ if __name__ == "__main__":
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from experiments import command_line
+from flashtrain.data.paths import user_path
 from flashtrain.train import launcher
 from flashtrain.train.console import answer
 from flashtrain.train.config import OptimConfig, RunConfig, TrainerConfig
@@ -99,7 +99,7 @@ def main() -> int:
 
     config = RunConfig.from_mapping(parsed.name, parsed.config)
     profile = parse_steps(values.profile) if values.profile else range(0)
-    workdir = Path(values.workdir).expanduser().absolute() if values.workdir else None
+    workdir = user_path(values.workdir) if values.workdir else None
     if values.resume and workdir is None:
         workdir = newest_workdir(config.name)
     processes = launcher.processes_to_start(config.trainer.device, config.trainer.devices)

@@ -5,8 +5,8 @@ Goal: validation loss 1.97 nats per token after 800,000 steps of 524,288 tokens,
 Command: tools/bazel run //experiments:train -- --config=configs/gpt3m.py:rotary
 Variants: rotary (positions by rotating half of each head instead of learned vectors), 8k (windows
     of 8192), 30b (60,000 steps), plain (every fusion off, for comparison); joined by commas.
-Hardware: 8 GPUs; the micro batch follows their memory (--config.data.batch_size sets it), the
-    global batch is always 256 windows of 2048.
+Hardware: 8 GPUs; the trainer chooses the largest micro batch that fits their memory
+    (--config.data.batch_size sets it), the global batch is always 256 windows of 2048.
 Speed: 1.2M tokens/s, 100 h (8 h for :30b) on 8 H100 at 40% of their bf16 peak (computed, not
     measured).
 Memory: weights, gradients and moments take 5.3 GiB, 16 bytes per parameter (computed); activations
@@ -16,17 +16,63 @@ Data: ${DATA_DIR}/the_pile, or --config.data.path.
 
 import ml_collections
 
-from experiments.configs.gpt_common import gpt3_config
+from experiments.configs.variants import parse_variants
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The recipe, or its variants joined by commas in `arg`."""
-    return gpt3_config(
-        "gpt3m",
-        arg,
-        num_layers=24,
-        d_model=1024,
-        num_heads=16,
-        lr=3e-4,
-        micro_batches=(4, 8, 16, 32),
-    )
+    variants = parse_variants("gpt3m", arg, ("plain", "rotary", "8k", "30b"))
+    fused, rotary = "plain" not in variants, "rotary" in variants
+    long, short = "8k" in variants, "30b" in variants
+    config = ml_collections.ConfigDict()
+
+    config.model = ml_collections.ConfigDict()
+    config.model.vocab_size = 50257
+    config.model.num_layers = 24
+    config.model.d_model = 1024
+    config.model.num_heads = 16
+    config.model.max_seq_len = 8192 if long else 2048
+    config.model.learned_positions = not rotary
+    config.model.rotary_fraction = 0.5 if rotary else 0.0
+    config.model.resid_dropout = 0.1
+    config.model.embd_dropout = 0.1
+    config.model.attn_dropout = 0.1
+    config.model.scale_attn_by_inverse_layer_idx = True
+    config.model.residual_in_fp32 = False
+    config.model.init_std = 0.02
+    config.model.fused = fused
+
+    config.data = ml_collections.ConfigDict()
+    config.data.source = "the_pile"
+    config.data.path = ""
+    config.data.seq_len = 8192 if long else 2048
+    config.data.batch_size = 0  # the largest that fits
+    config.data.seed = 1111
+
+    config.optim = ml_collections.ConfigDict()
+    config.optim.lr = 3e-4
+    config.optim.min_lr = 0.1 * config.optim.lr
+    config.optim.warmup_lr = 1e-6
+    config.optim.warmup_steps = 600 if short else 8_000
+    config.optim.schedule = "cosine"
+    config.optim.cycle_steps = 60_000 if short else 600_000
+    config.optim.betas = (0.9, 0.999)
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.1
+    config.optim.fused = fused
+
+    config.trainer = ml_collections.ConfigDict()
+    config.trainer.max_steps = 60_000 if short else 800_000
+    config.trainer.global_batch_size = 64 if long else 256
+    config.trainer.grad_clip = 1.0
+    config.trainer.precision = "bf16"
+    config.trainer.devices = 0
+    config.trainer.strategy = "ddp"
+    config.trainer.compile = fused
+    config.trainer.seed = 1111
+    config.trainer.eval_every = 2000
+    config.trainer.save_every = 1000
+    config.trainer.log_every = 10
+    config.trainer.sample_tokens = 256
+
+    return config.lock()

@@ -14,14 +14,14 @@ Data: ${DATA_DIR}/imagenet or --config.data.path, with train/<class>/<image> and
 
 import ml_collections
 
-from experiments.configs.gpt_common import micro_batch, parse_variants
+from experiments.configs.variants import parse_variants
 
-# Layers, width, heads, and the micro batch by GPU memory (< 24, < 40, < 80, >= 80 GB; computed).
+# Layers, width and heads by size.
 _SIZES = {
-    "ti": (12, 192, 3, (256, 512, 1024, 1024)),
-    "s": (12, 384, 6, (128, 256, 512, 512)),
-    "b": (12, 768, 12, (64, 128, 256, 256)),
-    "l": (24, 1024, 16, (16, 32, 64, 128)),
+    "ti": (12, 192, 3),
+    "s": (12, 384, 6),
+    "b": (12, 768, 12),
+    "l": (24, 1024, 16),
 }
 
 
@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     sizes = sorted(variants - {"plain"})
     if len(sizes) > 1:
         raise ValueError(f"vit_b_imagenet takes one size, got {' and '.join(sizes)}")
-    num_layers, d_model, num_heads, micro_batches = _SIZES[sizes[0] if sizes else "b"]
+    num_layers, d_model, num_heads = _SIZES[sizes[0] if sizes else "b"]
     config = ml_collections.ConfigDict()
 
     config.model = ml_collections.ConfigDict()
@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.source = "imagenet"
     config.data.path = ""
     config.data.workers = 0
-    config.data.batch_size = micro_batch(micro_batches)
+    config.data.batch_size = 0  # the largest that fits
     config.data.seed = 1111
 
     config.optim = ml_collections.ConfigDict()

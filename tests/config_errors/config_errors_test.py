@@ -12,6 +12,7 @@ import train_binary
 from train_binary import SMALL_MODEL
 
 from experiments import train as program
+from flashtrain.environment import STOP_SIGNALS
 from flashtrain.train import launcher
 
 
@@ -23,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
     """A program that has ended leaves them ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -48,7 +49,7 @@ MISTAKES = [
         ["--config=configs/gpt3l.py:60b"],
         "gpt3l has no variant '60b'; supported: 30b, 8k, plain, rotary",
     ),
-    (["--config=configs/gpt_common.py"], "has no function get_config; recipes: configs/"),
+    (["--config=configs/variants.py"], "has no function get_config; recipes: configs/"),
     (
         ["--config.trainer.max_step=1"],
         "there is no config key 'trainer.max_step'; did you mean 'trainer.max_steps'?",

@@ -48,6 +48,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def least(self, value: int) -> int:
+        """The smallest of all ranks' values, on every rank."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MIN)  # on the CPU
+        return int(box)
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value of any object that pickle can hold, on every rank."""
         if self.size == 1:

@@ -8,6 +8,7 @@ batch grows from f = `batch_ramp_from` to `global_batch_size` in equal stages of
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from flashtrain.errors import UserError
@@ -81,6 +82,19 @@ class BatchPlan:
 
     def _stage(self, step: int) -> _Stage:
         return next(s for s in reversed(self._stages) if step >= s.first_step)
+
+
+def micro_batches(config: RunConfig, ranks: int) -> list[int]:
+    """The micro batches that can cut every global batch of a run evenly, ascending.
+
+    Raises:
+        UserError: no micro batch can.
+    """
+    sizes = [(size, key) for _, size, key in _ramp(config)]
+    for size, key in sizes:
+        _cut(size, key, 1, ranks)
+    share = math.gcd(*(size // ranks for size, _ in sizes))
+    return [n for n in range(1, share + 1) if share % n == 0]
 
 
 def _ramp(config: RunConfig) -> Iterator[tuple[int, int, str]]:

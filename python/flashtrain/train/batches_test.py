@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from flashtrain.errors import UserError
-from flashtrain.train.batches import BatchPlan
+from flashtrain.train.batches import BatchPlan, micro_batches
 from flashtrain.train.config import RunConfig
 
 
@@ -67,3 +67,14 @@ def test_ramp_that_does_not_divide_is_refused() -> None:
         plan(global_batch_size=16, batch_ramp_from=5, batch_ramp_steps=10)
     with pytest.raises(UserError, match="batch_ramp_from=2 cannot be shared evenly by 4"):
         plan(4, global_batch_size=16, batch_ramp_from=2, batch_ramp_steps=10)
+
+
+def test_micro_batches_divide_every_stage() -> None:
+    def choices(ranks: int, **trainer: Any) -> list[int]:
+        return micro_batches(RunConfig.from_mapping("test", {"trainer": trainer}), ranks)
+
+    assert choices(2, global_batch_size=8) == [1, 2, 4]
+    ramp = {"batch_ramp_from": 8, "batch_ramp_steps": 4}
+    assert choices(2, global_batch_size=24, **ramp) == [1, 2, 4]
+    with pytest.raises(UserError, match="evenly by 3 processes"):
+        choices(3, global_batch_size=8)

@@ -2,7 +2,7 @@
 
 The sections `trainer` and `optim` belong to this package. `model` and `data` are mappings that are
 handed on to the run's task (task.py), which checks their keys; of them the trainer itself reads
-`data.batch_size` only, the largest micro batch.
+`data.batch_size` only, the largest micro batch; 0, the default, takes the largest that fits.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _RANGES = {
     "trainer.seed": SEED,
     "optim.betas": PROBABILITY,
     "optim.eps": POSITIVE,
-    "data.batch_size": COUNT,
+    "data.batch_size": Range(0, 2**22),  # 0: the largest that fits, see estimate.py
     "data.seq_len": COUNT,
     "data.seed": SEED,
 }
@@ -149,7 +149,7 @@ class RunConfig:
         run = cls(
             name=name,
             model=types.MappingProxyType(dict(config.get("model", {}))),
-            data=types.MappingProxyType(dict(config.get("data", {}))),
+            data=types.MappingProxyType({"batch_size": 0} | dict(config.get("data", {}))),
             optim=_build(OptimConfig, "optim", config.get("optim", {})),
             trainer=_build(TrainerConfig, "trainer", config.get("trainer", {})),
         )
@@ -238,7 +238,6 @@ def _check_value(key: str, value: Any, kind: type) -> None:
 def _check(run: RunConfig) -> None:
     if run.trainer.low_precision_weights:
         _check_low_precision_weights(run)
-    check_size(run.data, "batch_size")
     for key, kind in _DATA_TYPES.items():
         if key in run.data:
             _check_value(f"data.{key}", run.data[key], kind)

@@ -1,12 +1,14 @@
 """What a run will take, before it is started: memory, operations, tokens, hours.
 
 Memory is found by running a step of the model on fake tensors, which have shapes and no data, under
-torch's MemTracker: every allocation of PyTorch is followed, on any machine and in about a second.
-What the kernels of `flashtrain.ops` allocate inside is added: the chunk of logits of the fused
-head. Not counted is what torch.cuda.max_memory_allocated does not count either: the CUDA context
-(about 0.5 GB) and what the caching allocator holds in reserve.
+torch's MemTracker: every allocation of PyTorch is followed, on any machine. Blocks are the same, so
+a model of two blocks and one of three give the memory of any number of them. The chunk of logits
+that the fused head allocates inside its op is added. Two things are not counted, as
+torch.cuda.max_memory_allocated does not count them: the CUDA context (about 0.5 GB) and what the
+caching allocator holds in reserve.
 
     estimate(config, ranks=8, device_memory=80 * 10**9, peak_flops=989e12)
+    largest_micro_batch(config, ranks=8, device_memory=80 * 10**9)
 """
 
 import dataclasses
@@ -19,16 +21,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashtrain.errors import UserError
 from flashtrain.models.gpt import GPT
+from flashtrain.models.vit import ViT
 from flashtrain.ops._linear_cross_entropy_ops import chunk_rows
-from flashtrain.train.batches import BatchPlan
+from flashtrain.train.batches import BatchPlan, micro_batches
 from flashtrain.train.build import build_gpt
 from flashtrain.train.config import RunConfig
 from flashtrain.train.precision import LOW_PRECISION
 from flashtrain.train.task import DEFAULT_FAMILY
+from flashtrain.train.vision_task import build_vit
 
 # Share of peak FLOP/s that these models reach on an H100, see experiments/benchmarks/results.
 _EXPECTED_MFU = 0.45
 _MOMENTS_BYTES = 8  # of AdamW, per parameter, fp32
+_TRACED_LAYERS = (2, 3)
 _HEADROOM = 0.95  # of the device's memory, for the allocator's fragments and the CUDA context
 
 
@@ -128,15 +133,12 @@ def estimate(
     family = config.model.get("family", DEFAULT_FAMILY)
     if family != "gpt":
         raise UserError(f"--dry_run knows models of the family gpt, this one is a {family}")
+    if device_memory is not None:
+        config = with_micro_batch(config, ranks, device_memory)
     plan, steps = BatchPlan(config, ranks), config.trainer.max_steps
-    # No attention kernel for GPUs keeps a mask, but torch's for CPUs, which is traced, would.
-    traced = dataclasses.replace(config, model=dict(config.model) | {"attn_dropout": 0.0})
-    with FakeTensorMode():
-        model = build_gpt(traced)
-        parameters = model.num_parameters()
-        seq_len = config.data["seq_len"]
-        memory = _memory(config, plan, ranks, model)
-    flops_per_token = model.flops_per_token(seq_len)
+    model, seq_len = _build(config), config.data["seq_len"]
+    parameters, flops_per_token = model.num_parameters(), model.flops_per_token(seq_len)
+    memory = _memory(config, ranks, plan.micro, accumulates=plan.accumulates)
     tokens = plan.first_sample(steps) * seq_len
     hours = None
     if peak_flops is not None:
@@ -155,64 +157,164 @@ def estimate(
     )
 
 
-def host_memory() -> int:
-    """Bytes of this machine's main memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def largest_micro_batch(config: RunConfig, ranks: int, device_memory: int) -> int:
+    """The largest micro batch whose step fits each rank's device.
+
+    Activations are the largest of several sums that grow linearly with the micro batch: they are
+    convex, and the line through those of the smallest and the largest is never below them.
+
+    Args:
+        ranks: processes of the run.
+        device_memory: bytes of the smallest device.
+
+    Raises:
+        UserError: the config is wrong, or not even one sample fits.
+    """
+    choices = micro_batches(config, ranks)
+    share = choices[-1]
+    available = _HEADROOM * device_memory
+    if _memory(config, ranks, share, accumulates=False).total <= available:
+        return share
+    least = _memory(config, ranks, 1, accumulates=share > 1)
+    most = _memory(config, ranks, share, accumulates=share > 1)
+    if least.total > available:
+        raise UserError(
+            f"one sample takes {least.total / 2**30:.1f} GiB on each of {ranks} devices, which have "
+            f"{device_memory / 2**30:.1f} GiB; use more devices, --config.trainer.strategy=fsdp2, "
+            "--config.model.activation_checkpointing=True or a smaller model"
+        )
+
+    def total(micro: int) -> float:
+        way = (micro - 1) / (share - 1)
+        activations = least.activations + way * (most.activations - least.activations)
+        logits = _logits_bytes(config, micro)
+        return least.total - least.activations - least.logits + activations + logits
+
+    return max(micro for micro in choices[:-1] if total(micro) <= available)
 
 
-def _memory(config: RunConfig, plan: BatchPlan, ranks: int, model: GPT) -> Memory:
+def with_micro_batch(config: RunConfig, ranks: int, device_memory: int) -> RunConfig:
+    """The config, with the largest micro batch that fits where data.batch_size is 0."""
+    if config.data["batch_size"]:
+        return config
+    micro = largest_micro_batch(config, ranks, device_memory)
+    return dataclasses.replace(config, data=dict(config.data) | {"batch_size": micro})
+
+
+def memory_of(device: torch.device, local_ranks: int) -> int:
+    """Bytes that each rank of this machine may use: of its GPU, or of half the main memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * local_ranks)
+
+
+def _build(config: RunConfig, **changes: Any) -> Any:
+    """The model on the meta device, with changed keys; no data is read."""
+    build = build_vit if config.model.get("family", DEFAULT_FAMILY) == "vit" else build_gpt
+    with torch.device("meta"):
+        return build(dataclasses.replace(config, model=dict(config.model) | changes))
+
+
+def _with_memory(model: nn.Module) -> Any:
+    """The model with new tensors; nn.Module.to_empty cannot put fake ones in the place of meta."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(new) if is_parameter else new
+                slots[name] = made[id(tensor)]  # tied ones stay tied
+    return model
+
+
+def _batch(config: RunConfig, micro: int, model: Any) -> tuple[Tensor, Tensor]:
+    """What the model takes in training; zeros."""
+    if isinstance(model, ViT):
+        of = model.config
+        images = torch.zeros(micro, of.num_channels, of.image_size, of.image_size)
+        return images.to(torch.uint8), torch.zeros(micro, dtype=torch.int64)
+    tokens_BT = torch.zeros(micro, config.data["seq_len"], dtype=torch.int64)
+    return tokens_BT, tokens_BT
+
+
+def _memory(config: RunConfig, ranks: int, micro: int, *, accumulates: bool) -> Memory:
     trainer = config.trainer
     low = LOW_PRECISION.get(trainer.precision)
     sharded = ranks if trainer.strategy == "fsdp2" else 1
+    model = _build(config)
     count = sum(p.numel() for p in model.parameters())
-    weight_bytes, master_bytes = 4, 0
-    if trainer.low_precision_weights and low is not None and sharded == 1:
-        weight_bytes, master_bytes = 2, 4
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(low)
+    low_weights = trainer.low_precision_weights and low is not None and sharded == 1
+    weight_bytes, master_bytes = (2, 4) if low_weights else (4, 0)
     states = (_MOMENTS_BYTES + master_bytes) * count
     if trainer.strategy in ("zero1", "fsdp2"):
         states //= ranks
-    tokens_BT = torch.zeros(plan.micro, config.data["seq_len"], dtype=torch.int64)
     # One rank with a single micro batch makes its gradients while activations are being freed.
-    gradients_at_peak = plan.accumulates or ranks > 1
-    peak = _peak_without_parameters(model, (tokens_BT, tokens_BT), low, gradients_at_peak)
-    logits = _logits_bytes(model, tokens_BT.numel(), low)
-    gradients = weight_bytes * count if gradients_at_peak else 0
-    if model.head.fused:
-        peak += logits  # inside the op, where the tracker does not see it
-    weights, activations = weight_bytes * count // sharded, peak - logits
+    gradients_exist = accumulates or ranks > 1
+    two, three = (
+        _peak_without_parameters(config, layers, micro, low, low_weights, gradients_exist)
+        for layers in _TRACED_LAYERS
+    )
+    activations = two + (three - two) * (len(model.blocks) - _TRACED_LAYERS[0])
+    logits = _logits_bytes(config, micro)
+    if isinstance(model, GPT) and not model.head.fused:
+        activations -= logits  # the tracker saw them; in the fused op, it does not
+    gradients = weight_bytes * count if gradients_exist else 0
     if sharded > 1:  # a block is gathered while it is used, and the next one meanwhile
         largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
         activations += 2 * (2 if low is not None else 4) * largest
-    return Memory(weights, gradients // sharded, states, activations, logits)
+    return Memory(
+        weight_bytes * count // sharded, gradients // sharded, states, activations, logits
+    )
 
 
 def _peak_without_parameters(
-    model: nn.Module, batch: tuple[Tensor, ...], low: torch.dtype | None, gradients_exist: bool
+    config: RunConfig,
+    num_layers: int,
+    micro: int,
+    low: torch.dtype | None,
+    low_weights: bool,
+    gradients_exist: bool,
 ) -> int:
     """Most bytes in use in a forward and backward pass, without the parameters and, where they
     exist before it begins, the gradients."""
     # Imported here: a private module of torch's, which only this function needs.
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    if gradients_exist:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-    model.train()
-    tracker = MemTracker()
-    tracker.track_external(model)
-    with tracker:
-        with torch.autocast("cpu", low, enabled=low is not None):
-            loss = model(*batch)
-        loss.backward()
-    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    with FakeTensorMode():
+        # No attention kernel for GPUs keeps a mask, but torch's for CPUs, which is traced, would.
+        model = _with_memory(_build(config, num_layers=num_layers, attn_dropout=0.0))
+        if low_weights:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(low)
+        if gradients_exist:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        batch = _batch(config, micro, model)
+        model.train()
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            with torch.autocast("cpu", low, enabled=low is not None):
+                loss = model(*batch)
+            loss.backward()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     return int(peak["Total"]) - own * (2 if gradients_exist else 1)
 
 
-def _logits_bytes(model: GPT, tokens: int, low: torch.dtype | None) -> int:
-    """Of the fused head one chunk; else the logits, these in fp32, and their log-probabilities."""
+def _logits_bytes(config: RunConfig, micro: int) -> int:
+    """Of the fused head one chunk; else the logits, these in fp32, and their log-probabilities.
+
+    A ViT has so few that they count as activations.
+    """
+    model, low = _build(config), LOW_PRECISION.get(config.trainer.precision)
+    if isinstance(model, ViT):
+        return 0
+    tokens = micro * config.data["seq_len"]
     columns, itemsize = model.config.padded_vocab_size, 4 if low is None else low.itemsize
     if model.head.fused:
         rows = chunk_rows(tokens, columns, model.config.d_model, itemsize)

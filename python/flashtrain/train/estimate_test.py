@@ -13,7 +13,7 @@ from flashtrain.models.gpt import GPT
 from flashtrain.testing.devices import DEVICE, cuda_only
 from flashtrain.train.build import build_gpt
 from flashtrain.train.config import RunConfig
-from flashtrain.train.estimate import Estimate, estimate
+from flashtrain.train.estimate import Estimate, estimate, largest_micro_batch, with_micro_batch
 
 GIB = 2**30
 
@@ -85,6 +85,73 @@ def test_fits() -> None:
     assert of(device_memory=2 * total).fits is True
     assert of(device_memory=total).fits is False  # nothing would be left for anything else
     assert "does not fit" in of(device_memory=total).text()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_deep_models_are_extrapolated_exactly(fused: bool) -> None:
+    """Five blocks from models of two and three, against tracing all five."""
+    deep = {"model__num_layers": 5, "model__fused": fused, "trainer__global_batch_size": 4}
+    expected = of(**deep)
+    whole = (5, 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flashtrain.train.estimate._TRACED_LAYERS", whole)
+        assert of(**deep).memory == expected.memory
+
+
+GIGABYTES = (8, 24, 40, 80, 141)
+
+
+def test_the_largest_micro_batch_that_fits_is_taken() -> None:
+    """GPT-2 small's shape, four blocks deep, on cards of several sizes."""
+    changes = {
+        "model__num_layers": 4,
+        "model__d_model": 768,
+        "model__num_heads": 12,
+        "model__vocab_size": 50257,
+        "model__max_seq_len": 1024,
+        "data__seq_len": 1024,
+        "trainer__global_batch_size": 512,
+    }
+    run = config(**changes)
+    found = {gb: largest_micro_batch(run, 1, gb * 10**9) for gb in GIGABYTES}
+    assert list(found.values()) == sorted(found.values())
+    assert found[8] < found[24] < found[80] < found[141]
+    of_24 = {"device_memory": 24 * 10**9, **changes}
+    assert of(data__batch_size=found[24], **of_24).fits
+    assert not of(data__batch_size=2 * found[24], **of_24).fits
+
+
+def test_a_given_micro_batch_stays() -> None:
+    given = config(data__batch_size=2)
+    assert with_micro_batch(given, 1, 10**9) is given
+    chosen = with_micro_batch(config(data__batch_size=0), 1, 10**9)
+    assert chosen.data["batch_size"] == 16
+    assert of(device_memory=10**9, data__batch_size=0).micro_batch == 16
+
+
+def test_a_model_that_fits_nowhere_is_refused() -> None:
+    with pytest.raises(UserError, match="one sample takes 0.0 GiB on each of 1 devices, which have"):
+        largest_micro_batch(config(), 1, 10**6)
+
+
+def test_micro_batch_of_a_vit() -> None:
+    sections = {
+        "model": {
+            "family": "vit",
+            "image_size": 32,
+            "patch_size": 4,
+            "num_channels": 3,
+            "num_classes": 10,
+            "num_layers": 6,
+            "d_model": 64,
+            "num_heads": 2,
+        },
+        "data": {"source": "digits"},
+        "trainer": {"global_batch_size": 256, "precision": "bf16"},
+    }
+    run = RunConfig.from_mapping("vit", sections)
+    small, large = (largest_micro_batch(run, 1, memory) for memory in (40 * 10**6, 10**9))
+    assert 1 <= small < large == 256
 
 
 def test_json_and_text_say_the_same() -> None:

@@ -7,7 +7,6 @@ continued ends bit for bit like one that was not, given the same number of ranks
 
 import contextlib
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -25,7 +24,8 @@ from flashtrain.eval import parse_benchmarks
 from flashtrain.train import checkpoint, meters
 from flashtrain.train.batches import BatchPlan
 from flashtrain.train.config import RunConfig
-from flashtrain.train.console import answer, say
+from flashtrain.train.console import say
+from flashtrain.train.estimate import memory_of, with_micro_batch
 from flashtrain.train.evaluation import Evaluation
 from flashtrain.train.phases import PhaseTimer
 from flashtrain.train.precision import Precision
@@ -69,6 +69,8 @@ def train(
         folder = RunFolder(path)
         if world.is_main:
             folder.check_writable()  # now rather than after the data has been prepared
+        memory = world.least(memory_of(world.device, world.local_size))
+        config = with_micro_batch(config, world.size, memory)
         Trainer(config, world, folder, command, profile).run(resume)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -151,7 +153,11 @@ class Trainer:
             logged_again=progress.not_measured(),
         ) as self.log:
             self.report.start(self.log, progress.step, self.command, self.folder.path)
-            self._loop()
+            try:
+                self._loop()
+            except (OSError, UserError) as error:
+                self._save_before(error)
+                raise
             self._save()
             self._wait_until_saved()
             sample = self._measure_last()
@@ -303,12 +309,9 @@ class Trainer:
                     "--resume out to start over"
                 )
         else:
-            self.state.restore(found, self.config, self.task.config_class, self.task.metadata)
-            if not self.state.are_finite(self.world):
-                raise TrainingDivergedError(
-                    f"weights or moments in {found.path} are not finite; move it out of "
-                    f"{self.folder.checkpoints} to go on from the checkpoint before it"
-                )
+            self.state.restore(
+                found, self.config, self.world, self.task.config_class, self.task.metadata
+            )
             self.saver.last = found
             progress = self.progress
             self.saved_step = progress.step
@@ -328,11 +331,7 @@ class Trainer:
         if step < max_steps or summary is None or summary.get("step") != step:
             return False
         if self.world.is_main:
-            say(
-                f"this run has finished: step {step} of {max_steps}; raise "
-                "--config.trainer.max_steps to train on, or choose another --workdir"
-            )
-            answer(json.dumps(summary))
+            self.report.repeat(summary)
         return True
 
     def _save(self) -> None:
@@ -363,6 +362,20 @@ class Trainer:
             "state": self.state.plain(),
         }
         self.saver.save(progress.step, self.state.tensors(self.world), manifest)
+
+    def _save_before(self, error: Exception) -> None:
+        """Saves the steps done, if that can be, when something between two of them has failed.
+
+        Of several ranks one alone cannot: the others may be waiting for it in the next step.
+        """
+        ended_well = isinstance(error, (RunInterruptedError, TrainingDivergedError))
+        if self.world.size > 1 or ended_well or not self.progress.step:
+            return
+        with contextlib.suppress(OSError, UserError):  # it may be the save that has failed
+            self._record(self.delayed.flush())
+            self._save()
+            self.saver.wait()
+            self.log.note(f"step {self.progress.step} is saved")
 
     def _last_good(self) -> str:
         if self.saved_step is None:

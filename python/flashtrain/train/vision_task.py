@@ -95,11 +95,7 @@ class VisionTask:
 
 def _build_model(config: RunConfig, dataset: ImageDataset) -> ViT:
     """A model on the CPU, in fp32, with freshly drawn weights, that fits the data."""
-    options: dict[str, Any] = {k: v for k, v in config.model.items() if k != "family"}
-    known = [field.name for field in dataclasses.fields(ViTConfig)]
-    for key in options:
-        if key not in known:
-            raise UserError(f"config key model.{key} does not exist; {did_you_mean(key, known)}")
+    options = dict(config.model)
     # Left open, they follow the data.
     for key in ("image_size", "num_channels", "num_classes"):
         of_data = getattr(dataset, key)
@@ -109,6 +105,16 @@ def _build_model(config: RunConfig, dataset: ImageDataset) -> ViT:
                 f"model.{key}={options[key]} is not the data's {of_data}; leave it 0 to follow the "
                 "data"
             )
+    return build_vit(dataclasses.replace(config, model=options))
+
+
+def build_vit(config: RunConfig) -> ViT:
+    """A model with freshly drawn weights; its image size, channels and classes are given."""
+    options: dict[str, Any] = {k: v for k, v in config.model.items() if k != "family"}
+    known = [field.name for field in dataclasses.fields(ViTConfig)]
+    for key in options:
+        if key not in known:
+            raise UserError(f"config key model.{key} does not exist; {did_you_mean(key, known)}")
     try:
         return ViT(ViTConfig(**options))
     except (TypeError, ValueError) as error:
