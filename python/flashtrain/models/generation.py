@@ -10,15 +10,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashtrain.models.gpt import GPT
+from flashtrain.models.wrapping import evaluating, unwrap
 from flashtrain.modules.attention import KVCache
+from flashtrain.modules.ids import outside
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: nn.Module,
     prompts: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
@@ -31,7 +33,8 @@ def generate(
     """Continues prompts; beyond max_seq_len the oldest tokens leave the window.
 
     Args:
-        model: a GPT; put back into its mode at the end.
+        model: a GPT, also compiled or inside DistributedDataParallel; each of its modules is put
+            back into its mode at the end.
         prompts: int64 [B, T], or B tensors int64 [T_b], each of at least one token.
         max_new_tokens: how many tokens to add to each prompt.
         temperature: divides the logits; 0 is greedy decoding.
@@ -47,26 +50,37 @@ def generate(
         longest one's, and shorter ones start later, after zeros.
 
     Raises:
-        ValueError: there is no prompt or an empty one, or an option is out of range.
+        ValueError: there is no prompt or an empty one, a token is outside the vocabulary, an option
+            is out of range, or the model's logits are no numbers.
     """
-    _check(temperature, top_k, top_p)
-    tokens_BS, starts_B = _align(prompts)
-    decoder = _Decoder(model, starts_B, tokens_BS.shape[1] + max_new_tokens, use_cache)
-    was_training = model.training
-    model.eval()
+    gpt = unwrap(model, GPT)
+    _check(max_new_tokens, temperature, top_k, top_p)
+    prompt_BT, starts_B = _align(prompts)
+    if error := outside("token id", prompt_BT, gpt.config.vocab_size):
+        raise error
+    (batch, length), end = prompt_BT.shape, prompt_BT.shape[1] + max_new_tokens
     try:
-        for _ in range(max_new_tokens):
-            logits_BV = decoder(tokens_BS).float()
-            next_B1 = sample(logits_BV, temperature, top_k, top_p, generator)
-            tokens_BS = torch.cat([tokens_BS, next_B1], dim=1)
-        return tokens_BS
-    finally:
-        model.train(was_training)
+        tokens_BS = prompt_BT.new_empty(batch, end)  # pages are taken as they are written
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}: {batch} texts of {end} tokens do not fit into memory"
+        ) from error
+    tokens_BS[:, :length] = prompt_BT
+    decoder = _Decoder(gpt, starts_B, end, use_cache)
+    with evaluating(gpt):
+        for column in range(length, end):
+            logits_BV = decoder(tokens_BS[:, :column]).float()
+            tokens_BS[:, column] = sample(logits_BV, temperature, top_k, top_p, generator)[:, 0]
+    return tokens_BS
 
 
-def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not temperature >= 0.0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or larger")
+def _check(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or larger, and finite")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1")
     if top_p is not None and not 0.0 < top_p <= 1.0:
@@ -75,13 +89,19 @@ def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
 
 def _align(prompts: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """(int64 [B, S], int64 [B] of first columns, None where all are 0)."""
+    for prompt in prompts:
+        if prompt.ndim != 1 or prompt.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"a prompt of shape {list(prompt.shape)} and dtype {prompt.dtype} came; supported: "
+                "int64 [T], or all of them as int64 [B, T]"
+            )
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise ValueError("the prompt is empty; give at least one token")
     if isinstance(prompts, Tensor):
-        return prompts, None
+        return prompts.long(), None
     longest = max(lengths)
-    tokens_BS = prompts[0].new_zeros(len(prompts), longest)
+    tokens_BS = prompts[0].new_zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in zip(tokens_BS, prompts, strict=True):
         row[longest - len(prompt) :] = prompt
     if min(lengths) == longest:
@@ -168,10 +188,22 @@ def sample(
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """fp32 [B, V] -> int64 [B, 1]; options as `generate` has them."""
+    """fp32 [B, V] -> int64 [B, 1]; options as `generate` has them.
+
+    Raises:
+        ValueError: the largest logit of a row is no number.
+    """
+    best_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    if not best_B1.isfinite().all():
+        raise ValueError(
+            "the model's logits are NaN or infinite; its weights are damaged or too large for "
+            "its precision"
+        )
     if temperature == 0.0:
         return logits_BV.argmax(dim=-1, keepdim=True)
-    logits_BV = logits_BV / temperature
+    # With 0 as the largest, no temperature makes an infinity of it; the bounds, at which sampling
+    # is greedy or uniform, keep the quotients of the others in fp32's range.
+    logits_BV = (logits_BV - best_B1) / min(max(temperature, 1e-30), 1e30)
     if top_k is not None:
         kth_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)

@@ -126,6 +126,28 @@ def test_generate_with_top_p_stays_among_the_likeliest():
     assert model.generate(prompt.repeat(50, 1), 20, temperature=1e3, top_p=1.0).max() < 37
 
 
+def test_temperatures_at_the_ends_of_floats():
+    """Next to 0 sampling is greedy, next to infinity uniform, and never NaN."""
+    model = tiny()
+    prompt = random_tokens(seq_len=3)
+    greedy = model.generate(prompt, 5, temperature=0.0)
+    for temperature in (5e-324, 1e-300, 1e-40, 1e-38):
+        assert torch.equal(model.generate(prompt, 5, temperature=temperature), greedy)
+        tokens = model.generate(prompt, 5, temperature=temperature, top_k=10**30, top_p=0.9)
+        assert torch.equal(tokens, greedy)
+    draws = model.generate(prompt.repeat(500, 1), 1, temperature=1e308)[:, -1]
+    assert set(draws.tolist()) == set(range(37))
+
+
+def test_a_model_whose_logits_are_no_numbers_writes_nothing():
+    model = tiny()
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    for options in ({"temperature": 0.0}, {}, {"top_k": 3}):
+        with pytest.raises(ValueError, match="logits are NaN or infinite"):
+            model.generate(random_tokens(), 1, **options)
+
+
 def test_unusable_calls_are_refused():
     model = tiny()
     with pytest.raises(ValueError, match="the prompt is empty"):
@@ -136,6 +158,20 @@ def test_unusable_calls_are_refused():
         model.generate([random_tokens()[0], random_tokens(seq_len=0)[0]], 1)
     with pytest.raises(ValueError, match="temperature=-1"):
         model.generate(random_tokens(), 1, temperature=-1.0)
+    for temperature in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"temperature={temperature} must be .* finite"):
+            model.generate(random_tokens(), 1, temperature=temperature)
+    for top_p in (math.nan, -1.0, 1.5):
+        with pytest.raises(ValueError, match=f"top_p={top_p} must be in"):
+            model.generate(random_tokens(), 1, top_p=top_p)
+    with pytest.raises(ValueError, match="max_new_tokens=-1 must be at least 0"):
+        model.generate(random_tokens(), -1)
+    for many in (2**50, 2**70):
+        with pytest.raises(ValueError, match=f"max_new_tokens={many}: .* do not fit into memory"):
+            model.generate(random_tokens(), many)
+    for prompt in (random_tokens()[0], random_tokens().float(), [random_tokens()]):
+        with pytest.raises(ValueError, match=r"a prompt of shape .* came; supported: int64 \[T\]"):
+            model.generate(prompt, 1)
     with pytest.raises(ValueError, match="top_k=0"):
         model.generate(random_tokens(), 1, top_k=0)
     with pytest.raises(ValueError, match="top_p=0"):

@@ -12,7 +12,7 @@ the position table, attention counted whole though half of it is masked (PaLM, a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flashtrain.models.gpt_config import GPTConfig
-from flashtrain.modules.add_norm import DropoutAddNorm, ParallelDropoutAddNorm
+from flashtrain.modules.add_norm import DropoutAddNorm, NormParameters, ParallelDropoutAddNorm
 from flashtrain.modules.attention import Context, KVCache, MultiHeadAttention
 from flashtrain.modules.block import Block, Branches, ParallelBlock, PostNormBlock
 from flashtrain.modules.embedding import TokenPositionEmbedding
@@ -32,6 +32,33 @@ from flashtrain.modules.rotary import rotary_tables
 __all__ = ["GPT", "GPTConfig"]
 
 
+def _check_tied_weights(
+    model: "GPT",
+    state: Mapping[str, Any],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """A hook of load_state_dict: where the head shares the token table, the state has one table."""
+    names = [f"{prefix}embedding.tokens.weight", f"{prefix}head.weight"]
+    tensors = [state[name] for name in names if type(state.get(name)) in (Tensor, nn.Parameter)]
+    if not model.config.tie_embeddings or len(tensors) < 2 or any(t.is_meta for t in tensors):
+        return
+    if not torch.equal(*tensors):
+        errors.append(
+            f"{names[1]} differs from {names[0]}, but model.tie_embeddings=True makes them one; "
+            "supported: a model with tie_embeddings=False"
+        )
+
+
+def _tie_again(model: "GPT", incompatible_keys: Any) -> None:
+    """A hook of load_state_dict."""
+    model._tie_weights()
+
+
 class GPT(nn.Module):
     """The language model: tokens in, logits or loss out."""
 
@@ -39,9 +66,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = TokenPositionEmbedding(
-            config.padded_vocab_size,
+            config.vocab_size,
             config.max_seq_len if config.learned_positions else None,
             config.d_model,
+            config.padded_vocab_size,
         )
         self.blocks = nn.ModuleList(self._block(i) for i in range(config.num_layers))
         self.norm: Any = self._final_norm()
@@ -51,9 +79,22 @@ class GPT(nn.Module):
             config.padded_vocab_size,
             fused=config.fused and config.fused_loss,
         )
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.tokens.weight
+        self._tie_weights()
+        self.register_load_state_dict_pre_hook(_check_tied_weights)
+        self.register_load_state_dict_post_hook(_tie_again)  # assign=True makes two of one
         self.reset_parameters()
+
+    def _tie_weights(self) -> None:
+        table = self.embedding.tokens.weight
+        if self.config.tie_embeddings and isinstance(table, nn.Parameter):
+            self.head.weight = table
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPT":
+        """What to_empty and all conversions go through; where they make new parameters, the table
+        and the head would each get one."""
+        super()._apply(fn, recurse)
+        self._tie_weights()
+        return self
 
     def _norm(self, dropout_p: float) -> DropoutAddNorm:
         config = self.config
@@ -122,6 +163,8 @@ class GPT(nn.Module):
         """GPT-2's initialisation, drawn from torch's default generator."""
         std = self.config.init_std
         for module in self.modules():
+            if isinstance(module, NormParameters):
+                module.reset_parameters()
             if isinstance(module, nn.Linear | nn.Embedding) and module is not self.head:
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -224,7 +267,9 @@ class GPT(nn.Module):
             the module's call, so DistributedDataParallel and torch.compile may wrap it.
 
         Raises:
-            ValueError: T is larger than the table of positions.
+            ValueError: T is larger than the table of positions, or a token, target or position is
+                outside its range; on CUDA the latter ends in a device-side assertion or, a target
+                under fused_loss, in a loss of NaN.
         """
         hidden_BTD = self.hidden_states(
             tokens_BT, documents_BC=documents_BC, positions=positions_BT

@@ -2,10 +2,25 @@
 
 import dataclasses
 
-from flashtrain.errors import did_you_mean
+from flashtrain.errors.ranges import COUNT, POSITIVE, PROBABILITY, Range
+from flashtrain.models.config_checks import (
+    LAYERS,
+    check_choice,
+    check_fields,
+    check_multiple,
+    check_parameters,
+)
 from flashtrain.modules.add_norm import NORMS
 from flashtrain.modules.mlp import ACTIVATIONS, GATES
 
+_TABLES = ("vocab_size", "max_seq_len", "pad_vocab_size_multiple")
+_RANGES = {
+    **dict.fromkeys((*_TABLES, "d_model", "num_heads"), COUNT),
+    **dict.fromkeys(("resid_dropout", "embd_dropout", "attn_dropout"), PROBABILITY),
+    "num_layers": LAYERS,
+    "rotary_fraction": Range(0, 1),
+    "rotary_base": POSITIVE,
+}
 BLOCKS = ("pre_norm", "post_norm", "parallel", "parallel_tied_norm")
 
 
@@ -78,18 +93,11 @@ class GPTConfig:
     fused_loss: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, _RANGES)
         self._check_sizes()
-        for name in ("resid_dropout", "embd_dropout", "attn_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be in [0, 1)")
-        for name, valid in (
-            ("activation", (*ACTIVATIONS, *GATES)),
-            ("block", BLOCKS),
-            ("norm", NORMS),
-        ):
-            value = getattr(self, name)
-            if value not in valid:
-                raise ValueError(f"model.{name}={value!r} is unknown; {did_you_mean(value, valid)}")
+        check_choice(self, "activation", (*ACTIVATIONS, *GATES))
+        check_choice(self, "block", BLOCKS)
+        check_choice(self, "norm", NORMS)
         if self.block == "post_norm" and self.residual_in_fp32:
             raise ValueError(
                 "model.residual_in_fp32 goes with a residual stream, which model.block=post_norm "
@@ -97,32 +105,21 @@ class GPTConfig:
             )
 
     def _check_sizes(self) -> None:
-        for name in (
-            *("vocab_size", "num_layers", "d_model", "num_heads", "max_seq_len"),
-            "pad_vocab_size_multiple",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("num_kv_heads", "window"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 0")
-        if self.d_model % self.num_heads:
-            raise ValueError(
-                f"model.d_model={self.d_model} is not a multiple of"
-                f" model.num_heads={self.num_heads}"
-            )
-        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads={self.num_heads} is not a multiple of"
-                f" model.num_kv_heads={self.num_kv_heads}"
-            )
+        check_multiple(self, "d_model", "num_heads")
+        if self.num_kv_heads:
+            check_multiple(self, "num_heads", "num_kv_heads")
         if self.d_ff < 1:
             raise ValueError(
                 f"model.mlp_ratio={self.mlp_ratio} leaves the MLP no width; at least 1 /"
                 f" model.d_model"
             )
-        if not 0.0 <= self.rotary_fraction <= 1.0:
-            raise ValueError(f"model.rotary_fraction={self.rotary_fraction} must be in [0, 1]")
+        block = self.d_model * (2 * self.d_model + 2 * self.d_ff)
+        rows = self.padded_vocab_size + self.max_seq_len * self.learned_positions
+        check_parameters(
+            self,
+            self.num_layers * block + rows * self.d_model,
+            ("num_layers", "d_model", "mlp_ratio", *_TABLES),
+        )
 
     @property
     def padded_vocab_size(self) -> int:

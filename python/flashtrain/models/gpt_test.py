@@ -303,12 +303,24 @@ def test_compiles_without_graph_breaks(fused):
     [
         ({"num_heads": 5}, "d_model=24 is not a multiple of model.num_heads=5"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
-        ({"resid_dropout": 1.0}, r"resid_dropout=1.0 must be in \[0, 1\)"),
+        ({"resid_dropout": 1.0}, r"resid_dropout=1.0 must lie in \[0, 1\)"),
         ({"activation": "gelu_aprox"}, "is unknown; did you mean 'gelu_approx'"),
         ({"norm": "batch_norm"}, "model.norm='batch_norm' is unknown; did you mean"),
         ({"block": "sandwich"}, "is unknown; valid: pre_norm, post_norm, parallel"),
         ({"num_kv_heads": 2}, "num_heads=3 is not a multiple of model.num_kv_heads=2"),
-        ({"rotary_fraction": 1.5}, r"rotary_fraction=1.5 must be in \[0, 1\]"),
+        ({"rotary_fraction": 1.5}, "rotary_fraction=1.5 must be at most 1"),
+        ({"num_layers": 10**9}, "num_layers=1000000000 must be at most 10000"),
+        ({"d_model": 24.0}, "model.d_model=24.0 must be int"),
+        ({"num_layers": True}, "model.num_layers=True must be int"),
+        ({"vocab_size": 10**9, "d_model": 3 * 10**6}, "parameters; supported: at most 1e.12"),
+        ({"init_std": math.nan}, "model.init_std=nan must"),
+        ({"init_std": math.inf}, "model.init_std=inf must"),
+        ({"init_std": -0.02}, "model.init_std=-0.02 must be at least 0"),
+        ({"embd_dropout": math.nan}, "model.embd_dropout=nan must"),
+        ({"layer_norm_eps": -1e-5}, "model.layer_norm_eps=-1e-05 must be at least 0"),
+        ({"rotary_base": 0.0}, "model.rotary_base=0.0 must"),
+        ({"mlp_ratio": math.inf}, "model.mlp_ratio=inf must"),
+        ({"tie_embeddings": "no"}, "model.tie_embeddings='no' must be bool"),
         ({"mlp_ratio": 0.0}, "mlp_ratio=0.0 leaves the MLP no width"),
         ({"block": "post_norm", "residual_in_fp32": True}, "set it to false"),
     ],
@@ -322,3 +334,23 @@ def test_unusable_calls_are_refused():
     model = tiny()
     with pytest.raises(ValueError, match="13 tokens came, max_seq_len is 12"):
         model(random_tokens(seq_len=13))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("wrong", [-1, 37, 127, 128, 2**31])
+def test_ids_outside_the_vocabulary_are_refused(wrong, fused):
+    """Those in the rows that pad the tables, too: they would be silent zeros."""
+    model = tiny(fused=fused)
+    tokens, targets = random_tokens(seed=1), random_tokens(seed=2)
+    bad = tokens.clone()
+    bad[1, 3] = wrong
+    with pytest.raises(ValueError, match=rf"token id {wrong} came; supported: 0\.\.36"):
+        model(bad)
+    with pytest.raises(ValueError, match=rf"token id {wrong} came; supported: 0\.\.36"):
+        model.generate(bad, 1)
+    with pytest.raises(ValueError, match=rf"{wrong}.*supported: .*36"):
+        model(tokens, bad)
+    positions = torch.arange(12).expand(2, 12).clone()
+    positions[0, 0] = 12
+    with pytest.raises(ValueError, match=r"position 12 came; supported: 0\.\.11"):
+        model(tokens, targets, None, positions)

@@ -9,11 +9,12 @@ scale with the branch that it scales; here it lies with the norm that adds the b
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashtrain.models.vit import ViT
 from flashtrain.models.vit_config import ViTConfig
 from flashtrain.models.weights import check_names_and_shapes, copy_into
+from flashtrain.models.wrapping import unwrap, whole_parameters
 from flashtrain.modules.mlp import GATES
 
 # Module of a block: (theirs, ours).
@@ -32,7 +33,7 @@ def _names(config: ViTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     if config.activation in GATES:
         raise ValueError(f"model.activation={config.activation!r} has no form in timm's ViT")
     width, patch = config.d_model, config.patch_size
-    hidden = round(config.mlp_ratio * width)
+    hidden = config.d_ff
     names: dict[str, tuple[str, tuple[int, ...]]] = {
         "pos_embed": ("positions", (1, config.seq_len, width)),
         "patch_embed.proj.weight": (
@@ -67,34 +68,36 @@ def _names(config: ViTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     return names
 
 
-def state_to_timm(model: ViT) -> dict[str, Tensor]:
+def state_to_timm(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of timm's VisionTransformer with the same weights, copied.
 
     For pool="class_token" timm's default; for "mean" one with class_token=False,
     global_pool="avg", fc_norm=False.
     """
-    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    vit = unwrap(model, ViT)
+    own = whole_parameters(vit)
     return {
-        theirs: own[ours].clone().view(shape)
-        for theirs, (ours, shape) in _names(model.config).items()
+        theirs: own[ours].detach().clone().view(shape)
+        for theirs, (ours, shape) in _names(vit.config).items()
     }
 
 
-def load_state_from_timm(model: ViT, state: Mapping[str, Tensor], source: str = "state") -> None:
+def load_state_from_timm(model: nn.Module, state: Mapping[str, Tensor], source: str = "state") -> None:
     """Copies a state dict of timm's VisionTransformer into a model of the same shape.
 
     Args:
+        model: a ViT, also compiled or inside DistributedDataParallel.
         source: what error messages call the state.
 
     Raises:
         ValueError: names what is missing, unexpected or misshapen; nothing has been copied then.
     """
-    names = _names(model.config)
+    vit = unwrap(model, ViT)
+    names, parameters = _names(vit.config), whole_parameters(vit)
     expected = {theirs: torch.Size(shape) for theirs, (_, shape) in names.items()}
     check_names_and_shapes(source, state, expected)
-    parameters = dict(model.named_parameters())
     copy_into(
-        model,
+        parameters,
         {
             ours: state[theirs].reshape(parameters[ours].shape)
             for theirs, (ours, _) in names.items()

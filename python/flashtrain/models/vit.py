@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flashtrain.models.vit_config import ViTConfig
-from flashtrain.modules.add_norm import DropoutAddNorm
+from flashtrain.modules.add_norm import DropoutAddNorm, NormParameters
 from flashtrain.modules.attention import MultiHeadAttention
 from flashtrain.modules.block import Block, Branches
 from flashtrain.modules.embedding import PatchEmbedding, to_autocast_dtype
+from flashtrain.modules.ids import outside
 from flashtrain.modules.mlp import build_mlp
 
 __all__ = ["SIZES", "ViT", "ViTConfig"]
@@ -76,7 +77,7 @@ class ViT(nn.Module):
             self._norm(layer_idx, inside=True),
             build_mlp(
                 config.d_model,
-                round(config.mlp_ratio * config.d_model),
+                config.d_ff,
                 config.activation,
                 fused=config.fused and config.fused_mlp,
             ),
@@ -86,6 +87,9 @@ class ViT(nn.Module):
     def reset_parameters(self) -> None:
         """Truncated normal weights; a head of zeros, so that a new model knows no class."""
         std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, NormParameters):
+                module.reset_parameters()
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std)
@@ -141,7 +145,8 @@ class ViT(nn.Module):
             label_smoothing.
 
         Raises:
-            ValueError: the images have another shape.
+            ValueError: the images have another shape, or a label is no class; on CUDA the latter is
+                a device-side assertion.
         """
         config = self.config
         expected = (config.num_channels, config.image_size, config.image_size)
@@ -156,7 +161,10 @@ class ViT(nn.Module):
         if logits_BY.dtype != torch.float64:
             logits_BY = logits_BY.float()
         smoothing = config.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits_BY, labels_B, label_smoothing=smoothing)
+        try:
+            return F.cross_entropy(logits_BY, labels_B, label_smoothing=smoothing)
+        except IndexError as error:
+            raise outside("label", labels_B, config.num_classes, ignored=-100) or error from None
 
     def num_parameters(self, with_positions: bool = False) -> int:
         """Parameters; those of the positions where asked for."""

@@ -2,9 +2,22 @@
 
 import dataclasses
 
-from flashtrain.errors import did_you_mean
+from flashtrain.errors.ranges import COUNT, PROBABILITY
+from flashtrain.models.config_checks import (
+    LAYERS,
+    check_choice,
+    check_fields,
+    check_multiple,
+    check_parameters,
+)
 from flashtrain.modules.mlp import ACTIVATIONS, GATES
 
+_SIZES = ("image_size", "patch_size", "num_channels", "num_classes", "d_model", "num_heads")
+_RANGES = {
+    **dict.fromkeys(_SIZES, COUNT),
+    **dict.fromkeys(("dropout", "attn_dropout", "drop_path", "label_smoothing"), PROBABILITY),
+    "num_layers": LAYERS,
+}
 POOLS = ("class_token", "mean")
 
 
@@ -63,27 +76,28 @@ class ViTConfig:
     fused_mlp: bool = True
 
     def __post_init__(self) -> None:
-        for name in (
-            *("image_size", "patch_size", "num_channels", "num_classes"),
-            *("num_layers", "d_model", "num_heads"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name, of in (("image_size", "patch_size"), ("d_model", "num_heads")):
-            if getattr(self, name) % getattr(self, of):
-                raise ValueError(
-                    f"model.{name}={getattr(self, name)} is not a multiple of"
-                    f" model.{of}={getattr(self, of)}"
-                )
-        for name in ("dropout", "attn_dropout", "drop_path", "label_smoothing"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be in [0, 1)")
-        if not self.layer_scale >= 0.0:
-            raise ValueError(f"model.layer_scale={self.layer_scale} must be at least 0")
-        for name, valid in (("activation", (*ACTIVATIONS, *GATES)), ("pool", POOLS)):
-            value = getattr(self, name)
-            if value not in valid:
-                raise ValueError(f"model.{name}={value!r} is unknown; {did_you_mean(value, valid)}")
+        check_fields(self, _RANGES)
+        check_multiple(self, "image_size", "patch_size")
+        check_multiple(self, "d_model", "num_heads")
+        check_choice(self, "activation", (*ACTIVATIONS, *GATES))
+        check_choice(self, "pool", POOLS)
+        if self.d_ff < 1:
+            raise ValueError(
+                f"model.mlp_ratio={self.mlp_ratio} leaves the MLP no width; at least 1 /"
+                f" model.d_model"
+            )
+        block = self.d_model * (4 * self.d_model + 2 * self.d_ff)
+        rows = self.num_channels * self.patch_size**2 + self.seq_len + self.num_classes
+        check_parameters(
+            self,
+            self.num_layers * block + rows * self.d_model,
+            ("num_layers", "d_model", "mlp_ratio", "image_size", "patch_size", "num_classes"),
+        )
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden width of the MLP."""
+        return round(self.mlp_ratio * self.d_model)
 
     @property
     def num_patches(self) -> int:

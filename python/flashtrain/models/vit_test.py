@@ -306,8 +306,12 @@ def test_what_does_not_fit_is_named():
     [
         ({"patch_size": 5}, "image_size=12 is not a multiple of model.patch_size=5"),
         ({"num_classes": 0}, "num_classes=0 must be at least 1"),
-        ({"drop_path": 1.0}, r"drop_path=1.0 must be in \[0, 1\)"),
+        ({"drop_path": 1.0}, r"drop_path=1.0 must lie in \[0, 1\)"),
         ({"pool": "max"}, "model.pool='max' is unknown; did you mean 'mean'"),
+        ({"init_std": math.nan}, "model.init_std=nan must"),
+        ({"num_layers": 10**9}, "num_layers=1000000000 must be at most 10000"),
+        ({"mlp_ratio": 1e-9}, "mlp_ratio=1e-09 leaves the MLP no width"),
+        ({"num_classes": 10**9, "d_model": 3 * 10**6}, "parameters; supported: at most"),
         ({"layer_scale": -1.0}, "layer_scale=-1.0 must be at least 0"),
     ],
 )
@@ -321,3 +325,11 @@ def test_other_images_are_refused():
     for shape in ((2, 3, 12, 8), (2, 1, 12, 12), (3, 12, 12)):
         with pytest.raises(ValueError, match=r"supported: \[B, 3, 12, 12\]"):
             model(torch.zeros(shape))
+
+
+def test_labels_that_are_no_class_are_refused():
+    model = tiny()
+    images, labels = random_batch(model)
+    labels[1] = 7
+    with pytest.raises(ValueError, match=r"label 7 came; supported: 0\.\.6 and -100"):
+        model(images, labels)

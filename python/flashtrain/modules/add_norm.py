@@ -31,7 +31,7 @@ def _plain_add(x_BTD: Tensor, residual_BTD: Tensor | None, residual_in_fp32: boo
     return x_BTD.float() if residual_in_fp32 and x_BTD.dtype != torch.float64 else x_BTD
 
 
-class _NormParameters(nn.Module):
+class NormParameters(nn.Module):
     """Weight and, for LayerNorm, bias [D]."""
 
     def __init__(self, d_model: int, norm: str):
@@ -42,8 +42,14 @@ class _NormParameters(nn.Module):
         has_bias = norm == "layer_norm"
         self.bias: Any = nn.Parameter(torch.zeros(d_model)) if has_bias else None
 
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-class DropoutAddNorm(_NormParameters):
+
+class DropoutAddNorm(NormParameters):
     """x = layer_scale * dropout(drop_path(branch)) + residual;  z = norm(x).
 
     Fused, the residual stream is read once and written once; unfused, the same numbers (within
@@ -81,6 +87,7 @@ class DropoutAddNorm(_NormParameters):
         self.layer_scale = (
             None if layer_scale is None else nn.Parameter(torch.full((d_model,), layer_scale))
         )
+        self._first_layer_scale = layer_scale
         self.dropout_p = dropout_p
         self.drop_path_p = drop_path_p
         self.eps = eps
@@ -91,6 +98,12 @@ class DropoutAddNorm(_NormParameters):
             from flashtrain.ops import layer_norm as ops
 
             self._layer_norm, self._rms_norm = ops.dropout_add_layer_norm, ops.dropout_add_rms_norm
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, the layer scale its first value."""
+        super().reset_parameters()
+        if self.layer_scale is not None:
+            nn.init.constant_(self.layer_scale, self._first_layer_scale)
 
     def _row_scale(self, branch_BTD: Tensor) -> Tensor | None:
         """[B, T] of 0 and 1 / (1 - drop_path_p), equal within a sample."""
@@ -139,7 +152,7 @@ class DropoutAddNorm(_NormParameters):
         )
 
 
-class ParallelDropoutAddNorm(_NormParameters):
+class ParallelDropoutAddNorm(NormParameters):
     """x = dropout(branch0) + dropout(branch1) + residual;  z0, z1 = norm0(x), norm1(x).
 
     The glue between two parallel blocks: both branches of one are added, and both of the next read
@@ -162,7 +175,7 @@ class ParallelDropoutAddNorm(_NormParameters):
         fused: bool = True,
     ):
         super().__init__(d_model, norm)
-        self.norm1: Any = None if tied else _NormParameters(d_model, norm)
+        self.norm1: Any = None if tied else NormParameters(d_model, norm)
         self.dropout_p = dropout_p
         self.eps = eps
         self.residual_in_fp32 = residual_in_fp32
@@ -172,6 +185,12 @@ class ParallelDropoutAddNorm(_NormParameters):
 
             self._layer_norm = ops.dropout_add_layer_norm_parallel_residual
             self._rms_norm = ops.dropout_add_rms_norm_parallel_residual
+
+    def reset_parameters(self) -> None:
+        """Weights 1, biases 0."""
+        super().reset_parameters()
+        if self.norm1 is not None:
+            self.norm1.reset_parameters()
 
     def _fused(
         self,

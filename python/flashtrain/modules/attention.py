@@ -131,8 +131,7 @@ class MultiHeadAttention(nn.Module):
         self.cross = cross
         self.fused = fused
         self.out = nn.Linear(d_model, d_model, bias=bias)
-        slopes = alibi_slopes(num_heads) if alibi else None
-        self.register_buffer("alibi", slopes, persistent=False)
+        self.alibi = alibi
         if fused:
             # Imported on demand: the plain model needs no compiled extension.
             from flashtrain.ops import attention, rotary
@@ -177,6 +176,9 @@ class MultiHeadAttention(nn.Module):
     def _attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, context: Context) -> Tensor:
         """[B, T, H, K]."""
         dropout_p = self.dropout_p if self.training else 0.0
+        # Made anew, not a buffer: to_empty and load_state_dict leave those undefined that no state
+        # dict holds, and a model in a low precision would round them.
+        slopes_H = alibi_slopes(self.num_heads, q_BTHK.device) if self.alibi else None
         if not self.fused or context.mask is not None:
             return plain_attention(
                 q_BTHK,
@@ -186,7 +188,7 @@ class MultiHeadAttention(nn.Module):
                 softmax_scale=self.softmax_scale,
                 causal=self.causal,
                 window=self.window,
-                alibi=self.alibi,
+                alibi=slopes_H,
                 cu_seqlens=context.cu_seqlens,
                 mask=context.mask,
             )
@@ -195,8 +197,7 @@ class MultiHeadAttention(nn.Module):
             "softmax_scale": self.softmax_scale,
             "causal": self.causal,
             "window_size": self.window,
-            # float: a model in a low precision has low-precision buffers.
-            "alibi_slopes": None if self.alibi is None else self.alibi.float(),
+            "alibi_slopes": slopes_H,
         }
         if context.cu_seqlens is None:
             return self._flash_attn(q_BTHK, k_BSGK, v_BSGK, **options)

@@ -40,7 +40,7 @@ def reference(
     """fp64 [T, D] of one sequence: q [T, H, K], k and v [S, G, K]; documents give each token's."""
     queries, keys = len(q), len(k)
     out = torch.zeros(queries, HEADS, module.head_dim, dtype=torch.float64)
-    slopes = alibi_slopes(HEADS).double() if module.alibi is not None else torch.zeros(HEADS)
+    slopes = alibi_slopes(HEADS).double() if module.alibi else torch.zeros(HEADS)
     for head in range(HEADS):
         group = head * module.num_kv_heads // HEADS
         for t in range(queries):

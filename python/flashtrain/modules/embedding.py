@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashtrain.modules.ids import outside
+
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
     """`x` in autocast's dtype where it is on.
@@ -24,14 +26,22 @@ class TokenPositionEmbedding(nn.Module):
     """tokens[tokens_BT] + positions[positions].
 
     Args:
-        vocab_size: rows V of the token table, padding included.
+        vocab_size: token ids are 0..vocab_size-1.
         max_seq_len: rows of the position table, the longest sequence; None: no such table.
         d_model: width D.
+        padded_vocab_size: rows V of the token table; None: vocab_size.
     """
 
-    def __init__(self, vocab_size: int, max_seq_len: int | None, d_model: int):
+    def __init__(
+        self,
+        vocab_size: int,
+        max_seq_len: int | None,
+        d_model: int,
+        padded_vocab_size: int | None = None,
+    ):
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, d_model)
+        self.vocab_size = vocab_size
+        self.tokens = nn.Embedding(padded_vocab_size or vocab_size, d_model)
         self.positions: Any = None
         if max_seq_len is not None:
             self.positions = nn.Embedding(max_seq_len, d_model)
@@ -44,15 +54,29 @@ class TokenPositionEmbedding(nn.Module):
             positions: int64 [T] or [B, T], of the tokens; None: 0..T-1.
 
         Raises:
-            ValueError: T is larger than max_seq_len.
+            ValueError: T is larger than max_seq_len, or an id or position is outside its table;
+                on CUDA the latter is a device-side assertion.
         """
-        x_BTD = self.tokens(tokens_BT)
-        if self.positions is not None:
-            if positions is None:
-                x_BTD = x_BTD + self._first_positions(tokens_BT.shape[1])
-            else:
-                x_BTD = x_BTD + self.positions(positions)
+        padded_vocab_size = self.tokens.num_embeddings
+        known_BT = tokens_BT
+        if padded_vocab_size > self.vocab_size:  # rows of padding are as far outside as no rows
+            known_BT = tokens_BT.masked_fill(tokens_BT >= self.vocab_size, padded_vocab_size)
+        try:
+            x_BTD = self.tokens(known_BT)
+            if self.positions is not None:
+                if positions is None:
+                    x_BTD = x_BTD + self._first_positions(tokens_BT.shape[1])
+                else:
+                    x_BTD = x_BTD + self.positions(positions)
+        except IndexError as error:
+            raise self._outside(tokens_BT, positions) or error from None
         return to_autocast_dtype(x_BTD)
+
+    def _outside(self, tokens_BT: Tensor, positions: Tensor | None) -> ValueError | None:
+        found = outside("token id", tokens_BT, self.vocab_size)
+        if found is None and positions is not None and self.positions is not None:
+            found = outside("position", positions, self.positions.num_embeddings)
+        return found
 
     def _first_positions(self, seq_len: int) -> Tensor:
         max_seq_len = self.positions.num_embeddings

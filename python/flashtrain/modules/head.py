@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashtrain.modules.ids import outside
+
 
 class LanguageModelHead(nn.Linear):
     """Logits of each token, -inf in the columns that pad the vocabulary.
@@ -26,10 +28,6 @@ class LanguageModelHead(nn.Linear):
         super().__init__(d_model, padded_vocab_size, bias=False)
         self.vocab_size = vocab_size
         self.fused = fused
-        # Added to the logits in the matmul's epilogue: 0 for tokens, -inf for padding columns.
-        padding_mask = torch.zeros(padded_vocab_size)
-        padding_mask[vocab_size:] = -math.inf
-        self.register_buffer("padding_mask", padding_mask, persistent=False)
         if fused:
             # Imported on demand: the plain model needs no compiled extension.
             from flashtrain.ops.linear_cross_entropy import linear_cross_entropy
@@ -40,7 +38,13 @@ class LanguageModelHead(nn.Linear):
         """[B, T, D] -> [B, T, V], -inf in the padding columns."""
         if self.out_features == self.vocab_size:
             return super().forward(hidden_BTD)
-        return F.linear(hidden_BTD, self.weight, self.padding_mask.to(self.weight.dtype))
+        # Made anew, not a buffer: to_empty and load_state_dict leave those undefined that no state
+        # dict holds. It is added in the matmul's epilogue.
+        bias_V = torch.zeros(
+            self.out_features, dtype=self.weight.dtype, device=hidden_BTD.device
+        )
+        bias_V[self.vocab_size :] = -math.inf
+        return F.linear(hidden_BTD, self.weight, bias_V)
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross entropy in nats: a scalar in fp32, fp64 for an fp64 model.
@@ -48,6 +52,10 @@ class LanguageModelHead(nn.Linear):
         Args:
             hidden_BTD: [B, T, D].
             targets_BT: int64 [B, T]; -100 does not count. Where none counts, the loss is 0.
+
+        Raises:
+            ValueError: a target is another number outside the vocabulary; on CUDA the loss is NaN
+                then or, unfused, there is a device-side assertion.
         """
         if self.fused:
             return self._linear_cross_entropy(
@@ -57,5 +65,10 @@ class LanguageModelHead(nn.Linear):
         if logits_BTV.dtype != torch.float64:
             logits_BTV = logits_BTV.float()
         targets = targets_BT.flatten()
-        total = F.cross_entropy(logits_BTV.flatten(0, 1), targets, reduction="sum")
+        # Padding is as far outside as no column at all.
+        known = targets.masked_fill(targets >= self.vocab_size, self.out_features)
+        try:
+            total = F.cross_entropy(logits_BTV.flatten(0, 1), known, reduction="sum")
+        except IndexError as error:
+            raise outside("target", targets, self.vocab_size, ignored=-100) or error from None
         return total / (targets != -100).sum().clamp(min=1)

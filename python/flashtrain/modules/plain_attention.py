@@ -11,18 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
+def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     """fp32 [H]: the slopes of Press et al. 2022 (https://arxiv.org/abs/2108.12409).
 
     For H a power of two, 2^(-8 i / H) for i = 1..H; else those of the next smaller power of two,
-    and then every other one of twice that.
+    and then every other one of twice that. Computed on the device: a CUDA graph can capture no copy
+    from the host.
     """
-    power = 2 ** math.floor(math.log2(num_heads))
-
-    def series(count: int) -> list[float]:
-        return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
-
-    return torch.tensor(series(power) + series(2 * power)[0::2][: num_heads - power])
+    power = 1 << (num_heads.bit_length() - 1)
+    options = {"dtype": torch.float64, "device": device}
+    steps = torch.arange(1, power + 1, **options) / power
+    if num_heads > power:
+        between = torch.arange(1, 2 * (num_heads - power), 2, **options) / (2 * power)
+        steps = torch.cat([steps, between])
+    return torch.exp2(-8.0 * steps).float()
 
 
 def document_ids(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
@@ -86,9 +88,10 @@ def plain_attention(
     """
     seq_len, num_keys = q_BTHK.shape[1], k_BSGK.shape[1]
     device = q_BTHK.device
-    is_causal = (
-        causal and mask is None and window[0] < 0 and alibi is None and cu_seqlens is None
-    ) and seq_len == num_keys
+    is_plain = causal and mask is None and window[0] < 0 and alibi is None and cu_seqlens is None
+    is_causal = False
+    if is_plain and seq_len == num_keys:  # where torch.compile has lengths as symbols, no bool
+        is_causal = True
     if not is_causal:
         queries = torch.arange(num_keys - seq_len, num_keys, device=device)
         distance_TS = queries[:, None] - torch.arange(num_keys, device=device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.distributed import World
+from flashtrain.models.wrapping import evaluating
 from flashtrain.train.precision import Precision
 from flashtrain.train.strategy import Strategy
 from flashtrain.train.task import Task
@@ -33,26 +34,24 @@ def validate(
     stopped = torch.zeros((), dtype=torch.float64, device=world.device)
     batches = iter(task.val_batches(batch_size, world.rank, world.size))
     spare: Sequence[Tensor] | None = None  # computed again where the others still have batches
-    was_training = task.model.training
-    task.model.eval()
-    while True:
-        batch, stop = next(batches, None), interrupted()
-        if strategy.lockstep:
-            busy, stops = world.sum(torch.tensor([batch is not None, stop]).float()).tolist()
-            stop = stops > 0
-            if not busy or stop:
+    with evaluating(task.model):
+        while True:
+            batch, stop = next(batches, None), interrupted()
+            if strategy.lockstep:
+                busy, stops = world.sum(torch.tensor([batch is not None, stop]).float()).tolist()
+                stop = stops > 0
+                if not busy or stop:
+                    stopped += stop
+                    break
+                spare = batch or spare or _any_batch(task, world)
+            elif batch is None or stop:
                 stopped += stop
                 break
-            spare = batch or spare or _any_batch(task, world)
-        elif batch is None or stop:
-            stopped += stop
-            break
-        moved = [t.to(world.device) for t in (batch or spare)]  # type: ignore[union-attr]
-        with precision.autocast():
-            sums = task.val_sums(strategy.evaluate, moved)
-        if batch is not None:
-            totals += sums
-    task.model.train(was_training)
+            moved = [t.to(world.device) for t in (batch or spare)]  # type: ignore[union-attr]
+            with precision.autocast():
+                sums = task.val_sums(strategy.evaluate, moved)
+            if batch is not None:
+                totals += sums
     *sums, interruptions = world.sum(torch.cat([totals, stopped[None]])).tolist()
     if interruptions:
         return None
