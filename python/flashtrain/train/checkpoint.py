@@ -22,6 +22,7 @@ loaded, and its safetensors storage knows tensors only, without checksums or a c
 and JSON cannot run code and are read without torch.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -330,9 +331,12 @@ def prune(folder: Path, *, step: int, newest: int, best: int, every: int) -> Non
     losses = {c.step: loss for c in found if (loss := _validation_loss(c)) is not None}
     kept = {*[c.step for c in found[:newest]], *sorted(losses, key=lambda s: losses[s])[:best]}
     for old in found:
-        if old.step not in kept and not (every and old.step % every == 0) and _is_only_ours(old):
-            # Renamed first: what is left of a removal that was cut short is no checkpoint.
-            shutil.rmtree(old.path.rename(folder / f".tmp-old-{old.path.name}"))
+        if old.step in kept or (every and old.step % every == 0):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # a user has moved it elsewhere
+            if _is_only_ours(old):
+                # Renamed first: what is left of a removal that was cut short is no checkpoint.
+                shutil.rmtree(old.path.rename(folder / f".tmp-old-{old.path.name}"))
 
 
 def _written(path: Path) -> Checkpoint | None:

@@ -114,7 +114,6 @@ class Trainer:
         self.saver = Saver(folder.checkpoints, world, config.trainer)
 
         self.wall_seconds_before = 0.0  # of earlier processes
-        self.saved_step: int | None = None
         self.stopwatch = meters.Stopwatch()
         self.timer = PhaseTimer(world.device)
         self.profiler = StepProfiler(profile, folder.path / "profile", world.rank, world.device)
@@ -252,7 +251,7 @@ class Trainer:
             self._wait_until_saved()
             raise TrainingDivergedError(
                 f"loss or gradient was not finite or spiked {progress.bad_in_a_row} steps in a "
-                f"row, up to step {stats.step}; {self._last_good()}: lower optim.lr, or use "
+                f"row, up to step {stats.step}; {self.saver.last_good()}: lower optim.lr, or use "
                 "precision bf16 or fp32, in another --workdir"
             )
 
@@ -272,9 +271,7 @@ class Trainer:
         except RunInterruptedError:
             raise
         except (OSError, UserError) as error:
-            reason = str(error)
-            if isinstance(error, OSError):
-                reason = f"{error.filename or 'a file'}: {files.cause(error)}"
+            reason = files.cause(error) if isinstance(error, OSError) else error
             raise UserError(
                 f"step {self.progress.step} is saved, but could not be measured: {reason}; start "
                 f"again with --workdir={self.folder.path} to measure it"
@@ -292,7 +289,7 @@ class Trainer:
         if benchmarks and not self.stop and progress.benchmark_step != progress.step:
             self.evaluation.run_benchmarks(self.log)
         measured = before != (progress.val_step, progress.benchmark_step)
-        if measured and self.saved_step == progress.step:
+        if measured and self.saver.step == progress.step:
             self.saver.amend({"progress": dataclasses.asdict(progress)})
         self._leave_if_stopped()
 
@@ -312,9 +309,8 @@ class Trainer:
             self.state.restore(
                 found, self.config, self.world, self.task.config_class, self.task.metadata
             )
-            self.saver.last = found
+            self.saver.go_on_from(found)
             progress = self.progress
-            self.saved_step = progress.step
             self.wall_seconds_before = progress.wall_seconds
             self.stopwatch = meters.Stopwatch(
                 progress.timed_steps, progress.timed_samples, progress.timed_seconds
@@ -337,16 +333,15 @@ class Trainer:
     def _save(self) -> None:
         """Begins a checkpoint of the current step, unless there is one."""
         progress = self.progress
-        if self.saved_step == progress.step:
+        if self.saver.step == progress.step:
             return
         if not self.state.are_finite(self.world):
             self._wait_until_saved()
             raise TrainingDivergedError(
                 f"weights or moments are not finite after step {progress.step}, which is not "
-                f"saved; {self._last_good()}: lower optim.lr, raise optim.eps, or use precision "
-                "bf16 or fp32, in another --workdir"
+                f"saved; {self.saver.last_good()}: lower optim.lr, raise optim.eps, or use "
+                "precision bf16 or fp32, in another --workdir"
             )
-        self.saved_step = progress.step
         progress.wall_seconds = self._wall_seconds()
         progress.timed_steps = self.stopwatch.steps
         progress.timed_samples = self.stopwatch.samples
@@ -368,21 +363,14 @@ class Trainer:
 
         Of several ranks one alone cannot: the others may be waiting for it in the next step.
         """
-        ended_well = isinstance(error, (RunInterruptedError, TrainingDivergedError))
-        if self.world.size > 1 or ended_well or not self.progress.step:
+        handled = isinstance(error, (RunInterruptedError, TrainingDivergedError))
+        if self.world.size > 1 or handled or not self.progress.step:
             return
         with contextlib.suppress(OSError, UserError):  # it may be the save that has failed
             self._record(self.delayed.flush())
             self._save()
             self.saver.wait()
             self.log.note(f"step {self.progress.step} is saved")
-
-    def _last_good(self) -> str:
-        if self.saved_step is None:
-            return "no checkpoint was saved before"
-        return (
-            f"the last good checkpoint, of step {self.saved_step}, is kept in {self.saver.folder}"
-        )
 
     def _wait_until_saved(self) -> None:
         """Returns when the last checkpoint is whole: a rank that leaves takes the others along."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from flashtrain.data import DataError
 from flashtrain.data.token_files import write_token_files
 from flashtrain.errors import RunInterruptedError, TrainingDivergedError, UserError
 from flashtrain.train import checkpoint, evaluation, loop, manifest
@@ -188,6 +189,32 @@ def test_saves_before_it_measures(
     assert json.loads((run / "summary.json").read_text())["eval/wikitext/perplexity"] > 1
     assert logged(run, "val/loss") == [6]
     assert logged(run, "eval/wikitext/perplexity") == [6]
+
+
+def test_a_failure_between_steps_loses_none(
+    train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise DataError("image 7 has gone")
+
+    folder = tmp_path / "run" / "checkpoints"
+    after_step(monkeypatch, 3, lambda _: monkeypatch.setattr(loop.BatchLoader, "next", gone))
+    with pytest.raises(UserError, match="image 7"):
+        train(trainer__save_every=0)
+    assert steps(folder) == [3]
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluation, "validate", gone)
+    with pytest.raises(UserError, match="image 7"):
+        train(trainer__save_every=0, trainer__eval_every=5)
+    assert steps(folder) == [3, 5]
+
+    def move_away(*_: object) -> dict[str, float]:  # as users do with what they keep elsewhere
+        shutil.rmtree(folder)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(evaluation, "validate", move_away)
+    train(trainer__eval_every=0)
+    assert steps(folder) == []
 
 
 def test_what_is_measured_after_a_save_is_in_the_checkpoint(

@@ -10,7 +10,7 @@ from flashtrain.distributed import World
 from flashtrain.train import meters
 from flashtrain.train.batches import BatchPlan
 from flashtrain.train.config import RunConfig
-from flashtrain.train.console import answer
+from flashtrain.train.console import answer, say
 from flashtrain.train.meters import Speed
 from flashtrain.train.run_folder import RunFolder
 from flashtrain.train.run_log import RunLog, finite_or_none
@@ -122,6 +122,14 @@ class Report:
         folder.write_summary(summary)
         if sample:
             answer(f"--- generated text ---\n{sample}\n----------------------")
+        answer(json.dumps(summary))
+
+    def repeat(self, summary: Mapping[str, Any]) -> None:
+        """Says that an earlier process has ended the run, with its summary."""
+        say(
+            f"this run has finished: step {summary['step']} of {self._config.trainer.max_steps}; "
+            "raise --config.trainer.max_steps to train on, or choose another --workdir"
+        )
         answer(json.dumps(summary))
 
     def summary(self, progress: Progress, total: Speed | None, workdir: object) -> dict[str, Any]:

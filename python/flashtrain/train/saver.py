@@ -46,7 +46,8 @@ class Saver:
 
     Attributes:
         folder: where the checkpoints are.
-        last: the newest checkpoint, written or continued from; known to rank 0.
+        step: of the newest checkpoint, one that is being written or was continued from, if any.
+        last: the newest whole one; known to rank 0.
     """
 
     def __init__(self, folder: Path, world: World, trainer: TrainerConfig):
@@ -56,7 +57,18 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._pinned: dict[str, Tensor] = {}
+        self.step: int | None = None
         self.last: Checkpoint | None = None
+
+    def go_on_from(self, found: Checkpoint) -> None:
+        """Takes a checkpoint of an earlier process for the newest one."""
+        self.step, self.last = found.step, found
+
+    def last_good(self) -> str:
+        """Where the newest checkpoint is, or that there is none, for an error message."""
+        if self.step is None:
+            return "no checkpoint was saved before"
+        return f"the last good checkpoint, of step {self.step}, is kept in {self.folder}"
 
     def save(self, step: int, tensors: Mapping[str, Held], manifest: Mapping[str, Any]) -> None:
         """Begins to save what the tensors hold now.
@@ -70,6 +82,7 @@ class Saver:
             UserError: the save before this one failed.
         """
         self.wait()
+        self.step = step
         copies, copied = self._copy(tensors)
         first_rows = {n: h.first_row for n, h in tensors.items() if h.first_row is not None}
 
@@ -203,6 +216,8 @@ class Saver:
         manifest = {**last.manifest, "state": {**last.state, **state}}
         try:
             manifests.write(last.path, manifest)
+        except FileNotFoundError:
+            return  # a user has moved it elsewhere
         except OSError as error:
             raise self._cannot_write(last.path, error) from error
         self.last = Checkpoint(last.path, manifest)

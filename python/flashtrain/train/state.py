@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flashtrain.distributed import World
-from flashtrain.errors import UserError
+from flashtrain.errors import TrainingDivergedError, UserError
 from flashtrain.train import checkpoint, rng
 from flashtrain.train.checkpoint import Checkpoint, Reader
 from flashtrain.train.config import RunConfig, contradictions
@@ -147,8 +147,9 @@ class RunState:
         self,
         saved: Checkpoint,
         config: RunConfig,
+        world: World,
         model_class: type,
-        data: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any],
     ) -> None:
         """Takes up a checkpoint.
 
@@ -159,9 +160,10 @@ class RunState:
         Raises:
             UserError: the config contradicts the checkpoint's, the data or the model is another
                 one, or the checkpoint is not one that a run writes.
+            TrainingDivergedError: what it holds is not finite.
         """
         # 1. Config and data: nothing is loaded that belongs to another run.
-        _refuse_contradictions(saved, config, model_class, data or {})
+        _refuse_contradictions(saved, config, model_class, data)
         with _understood(saved):
             progress = Progress.from_plain(saved.state["progress"])
             if progress.step != saved.step:
@@ -186,6 +188,11 @@ class RunState:
             if moments:
                 self.optimizer.load_state(shard, moments)
         self.strategy.weights_written()
+        if not self.are_finite(world):
+            raise TrainingDivergedError(
+                f"weights or moments in {saved.path} are not finite; move it out of "
+                f"{saved.path.parent} to go on from the checkpoint before it"
+            )
         # 5. Loss scale, guard, and random states after all that draws numbers while it is built.
         with _understood(saved):
             self.loss_scale.load_state(saved.state["loss_scale"])
