@@ -56,12 +56,8 @@ def _extent(tensor: Tensor) -> int | None:
 
 
 def check_written(name: str, tensor: Tensor) -> None:
-    """ValueError unless a tensor can be written to in place.
-
-    Each of its elements has an address of its own, as torch's operations in place want it, and
-    what stands there (no negative bit).
-    """
-    if torch.compiler.is_compiling():  # which neither sorts symbols nor traces is_neg
+    """ValueError unless each element of a tensor that is written to has an address of its own."""
+    if torch.compiler.is_compiling():  # which cannot sort symbols
         shared = any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape))
     else:
         shared = _extent(tensor) is None
@@ -70,11 +66,6 @@ def check_written(name: str, tensor: Tensor) -> None:
             f"{name}: got strides {list(tensor.stride())} of shape {list(tensor.shape)}, so that "
             "elements share memory; supported where it is written to: an address for each, as of "
             f"{name}.contiguous()"
-        )
-    if not torch.compiler.is_compiling() and tensor.is_neg():
-        raise ValueError(
-            f"{name}: is a view with a negative bit; supported where it is written to: "
-            f"{name}.resolve_neg()"
         )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops import _layer_norm_calls as calls
-from flashtrain.ops._arguments import checked
+from flashtrain.ops._arguments import check_written, checked, overlap
 from flashtrain.ops._layer_norm_calls import NormOptions
 
 
@@ -23,6 +23,7 @@ def _write_into(name: str, buffer: Tensor | None, value: Tensor) -> Tensor:
         raise ValueError(f"{name}: is on {buffer.device}; supported: x's device, {value.device}")
     if buffer.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires grad; supported: a tensor that does not")
+    check_written(name, buffer)
     return buffer.copy_(value)
 
 
@@ -88,6 +89,10 @@ def layer_norm_fn(
             x, x1, residual, weight, bias, weight1, bias1, dropout_p, options,
             residual_in_fp32, return_dropout_mask, rowscale,
         )  # fmt: skip
+    if total is x and not (out is residual_out is None):
+        total = total.clone()  # the buffers may be x's memory
+    if out is not None and residual_out is not None and overlap(out, residual_out):
+        raise ValueError("residual_out: shares memory with out; supported: memory of its own")
     results: list[Tensor | None] = [_write_into("out", out, y)]
     if weight1 is not None:
         results.append(y1)

@@ -20,6 +20,10 @@ def check_x(name: str, x: Tensor, shapes: dict[int, str]) -> None:
 
 def check_in_place(name: str, x: Tensor) -> None:
     check_written(name, x)
+    if not torch.compiler.is_compiling() and x.is_neg():  # a compiled call writes a copy back
+        raise ValueError(
+            f"{name}: is a view with a negative bit; supported in place: {name}.resolve_neg()"
+        )
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(
             f"{name}: got elements {x.stride(-1)} apart in the last dimension; supported in place: "

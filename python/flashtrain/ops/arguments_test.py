@@ -67,7 +67,7 @@ def test_what_is_taken(arguments: dict) -> None:
         ({"scale": X}, TypeError, "scale: got Tensor; supported: float or int"),
         ({"scale": np.ones(1)}, TypeError, "scale: got ndarray; supported: float or int"),
         ({"scale": 1j}, TypeError, "scale: got complex; supported: float or int"),
-        ({"scale": ONE.float().requires_grad_()}, ValueError, "scale: requires grad, and has no gr"),
+        ({"scale": ONE.float().requires_grad_()}, ValueError, "scale: requires grad, and has no"),
         ({"scale": ONE.to("meta")}, ValueError, "scale: got a meta tensor, which has no value"),
         ({"flag": 2}, TypeError, "flag: got int; supported: bool"),
         ({"flag": "1"}, TypeError, "flag: got str; supported: bool"),
@@ -172,11 +172,6 @@ def test_memory_that_elements_share(make: Any) -> None:
 )  # fmt: skip
 def test_memory_of_their_own(make: Any) -> None:
     check_written("out", make(torch.zeros(4, 3, 5)))
-
-
-def test_negative_views_are_not_written_to() -> None:
-    with pytest.raises(ValueError, match=r"out: is a view with a negative bit; .*resolve_neg\(\)"):
-        check_written("out", torch._neg_view(X))
 
 
 def test_overlap() -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashtrain.ops._arguments import check_float, checked
+from flashtrain.ops._arguments import check_float, check_written, checked
 from flashtrain.ops._cross_entropy_ops import CrossEntropy, Options
 
 _LABEL_DTYPES = (torch.int64, torch.int32)
@@ -128,6 +128,8 @@ def cross_entropy_loss(
     """
     check_matrix("logits", logits)
     check_labels_fit(labels, logits)
+    if inplace_backward:
+        check_written("logits", logits)
     check_options(label_smoothing, logit_scale, lse_square_scale)
     if precomputed_lse is not None:
         check_rows("precomputed_lse", precomputed_lse, (torch.float32,), logits)

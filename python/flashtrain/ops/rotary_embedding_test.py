@@ -153,7 +153,7 @@ def _gradient(module: RotaryEmbedding, length: int = 4) -> Tensor:
 def test_training_after_a_mode(
     enter: Callable[[], contextlib.AbstractContextManager], scale_base: float | None
 ) -> None:
-    """Dao-AILab/flash-attention#299: a module that was first called under some mode, then trains."""
+    """Dao-AILab/flash-attention#299: a module first called under some mode, then trained."""
     module = RotaryEmbedding(8, scale_base=scale_base)
     with enter():
         module(torch.zeros(1, 6, 3, 1, 8))
