@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from flashtrain import _kernels
 
@@ -78,7 +80,13 @@ def eager(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Callable[...
             or args[0].is_meta
         ):
             return op(*args)
-        return kernel(*args)
+        try:
+            return kernel(*args)
+        except ValueError:
+            # The extension refuses views with a negative bit, which the dispatcher resolves.
+            if any(isinstance(arg, Tensor) and arg.is_neg() for arg in args):
+                return op(*args)
+            raise
 
     return call
 
@@ -95,6 +103,8 @@ else:
 
         Not `Tensor.__dlpack__`, which refuses tensors that require grad and synchronises streams.
         """
+        if tensor is not None and tensor.is_neg():  # a capsule does not say so
+            raise ValueError("got a view with a negative bit; supported: its resolve_neg()")
         return None if tensor is None else torch.utils.dlpack.to_dlpack(tensor)
 
 
@@ -118,6 +128,17 @@ def as_rows(tensor: Tensor) -> Tensor:
     if (cols > 1 and tensor.stride(-1) != 1) or (rows > 1 and row_stride < cols):
         return tensor.contiguous()
     return tensor
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """For what is made in a call and kept: ordinary tensors, whatever mode the caller is in.
+
+    A tensor made under inference mode has no gradients later, one made under a FakeTensorMode no
+    memory.
+    """
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+        yield
 
 
 def launch_context(tensor: Tensor) -> int:
