@@ -5,6 +5,8 @@ A file or target belongs to a layer by its folder; it may use its own layer and 
     experiments > train > eval > models > modules > data, distributed, ops > environment, testing
                                                                 > errors, files > _kernels > cc
 
+compat/, which has the names of other packages, is beside the models, and no layer uses it.
+
 `cc/` knows neither Python nor torch, so that C++ programs can depend on it alone; absl and
 ml_collections, which decide how a program is configured, are known to experiments/ only.
 """
@@ -22,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("environment", "testing"),
     ("data", "distributed", "ops"),
     ("modules",),
-    ("models",),
+    ("compat", "models"),
     ("eval",),
     ("train",),
     ("experiments",),
@@ -60,7 +62,7 @@ def layer_of_module(module: str) -> str | None:
 
 def may_use(user: str, used: str) -> bool:
     """Whether the layer may import, include or depend on the other."""
-    return user == used or RANK[used] < RANK[user]
+    return user == used or (RANK[used] < RANK[user] and used != "compat")
 
 
 def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:

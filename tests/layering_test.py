@@ -39,6 +39,10 @@ SAMPLES = {
         "from experiments import train\n",
         "train imports experiments.train",
     ),
+    "python/flashtrain/train/c.py": (
+        "from flashtrain.compat import flash_attn\n",
+        "train imports flashtrain.compat",
+    ),
     "python/flashtrain/train/b.py": (
         "from absl import flags\n",
         "absl.flags is for experiments/ alone",
@@ -72,7 +76,7 @@ def test_sources_do_not_point_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "layer", ["cc", "ops", "modules", "models", "data", "distributed", "train"]
+    "layer", ["cc", "compat", "ops", "modules", "models", "data", "distributed", "train"]
 )
 def test_targets_do_not_depend_upwards(layer: str) -> None:
     labels = (GRAPHS / f"{layer}_deps").read_text().split()

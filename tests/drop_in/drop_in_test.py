@@ -68,9 +68,57 @@ def compare(theirs: dict[str, object], function: Callable, omitted: list[str]) -
     assert not every & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
-@pytest.mark.parametrize(("theirs", "ours", "omitted"), ROWS, ids=[row[1] for row in ROWS])
+@pytest.mark.parametrize(("theirs", "ours", "omitted"), ROWS, ids=[row[0] for row in ROWS])
 def test_arguments_are_those_of_flash_attn(theirs: str, ours: str, omitted: str) -> None:
-    compare(recorded_parameters(theirs), find(ours), re.findall(r"`(\w+)`", omitted))
+    """Under our path, and under flash-attn's with the prefix."""
+    function = find(ours)
+    compare(recorded_parameters(theirs), function, re.findall(r"`(\w+)`", omitted))
+    assert find(f"flashtrain.compat.{theirs}") is function
+
+
+# A program as it was written for flash-attn.
+PROGRAM = """
+import torch
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_varlen_kvpacked_func
+from flash_attn import flash_attn_varlen_qkvpacked_func
+from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+from flash_attn.flash_attn_interface import flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb, apply_rotary_emb_func
+from flash_attn.losses.cross_entropy import CrossEntropyLoss
+from flash_attn.ops.fused_dense import FusedDense, FusedMLP, fused_mlp_func
+from flash_attn.ops.layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
+from flash_attn.ops.rms_norm import RMSNorm, rms_norm
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+from flash_attn.ops.triton.layer_norm import layer_norm_fn, layer_norm_linear_fn, rms_norm_fn
+import flash_attn.ops.triton.layer_norm
+
+torch.manual_seed(0)
+norm, out_norm, head = DropoutAddLayerNorm(32, prenorm=True), RMSNorm(32), FusedDense(32, 50)
+qkv_layer, mlp, rotary = FusedDense(32, 96), FusedMLP(32), RotaryEmbedding(8)
+x = torch.randn(2, 6, 32, requires_grad=True)
+mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+z, residual = norm(x, None)
+qkv = rotary(qkv_layer(z).view(2, 6, 3, 4, 8))
+rows, indices, cu_seqlens, max_seqlen, _ = unpad_input(qkv, mask)
+y = flash_attn_varlen_qkvpacked_func(rows, cu_seqlens, max_seqlen, causal=True)
+same = flash_attn_varlen_kvpacked_func(
+    rows[:, 0], rows[:, 1:], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True
+)
+assert torch.equal(y, same)
+z, residual = norm(pad_input(y, indices, 2, 6).flatten(2), residual)
+z, residual = norm(mlp(z), residual)
+logits = head(out_norm(residual))
+labels = torch.randint(0, 50, (2, 6)).masked_fill(mask == 0, -100)
+loss = CrossEntropyLoss()(logits.flatten(0, 1), labels.flatten())
+loss.backward()
+assert x.grad is not None and x.grad[mask.bool()].abs().min() > 0
+layers = (norm, out_norm, head, qkv_layer, mlp)
+assert all(p.grad is not None and p.grad.any() for layer in layers for p in layer.parameters())
+"""
+
+
+def test_a_program_moves_by_a_prefix() -> None:
+    exec(re.sub(r"\bflash_attn(?=[. ])", "flashtrain.compat.flash_attn", PROGRAM), {})
 
 
 def test_the_page_names_the_version_of_the_record() -> None:

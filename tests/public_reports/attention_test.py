@@ -68,7 +68,7 @@ def test_longest_sequence_of_any_type_and_size(longest: Any) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_scale_of_0_is_no_default(causal: bool) -> None:
-    """flash-attn takes its default for None alone; with 0 every key that is seen weighs the same."""
+    """flash-attn has its default for None alone; with 0 all keys that are seen weigh the same."""
     q, k, v = torch.randn(3, 2, 8, 2, 16).requires_grad_().unbind()
     out = flash_attn_func(q, k, v, softmax_scale=0, causal=causal)
     mean = v.mean(1, keepdim=True).expand(v.shape)

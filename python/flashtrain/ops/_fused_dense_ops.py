@@ -39,6 +39,15 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
 
 
+def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A product's rows in the shape of the caller's tensor.
+
+    Not a view, which autograd lets nobody write to where it comes out of an autograd.Function
+    (rotary embeddings are applied in place to the projection of q, k and v).
+    """
+    return torch.ops.aten._unsafe_view(rows, shape)
+
+
 def _compute(product: Product, operands: Operands, fuse: bool) -> Results:
     if torch.is_autocast_enabled(product.device.type):  # a backward pass inside of autocast
         with torch.autocast(product.device.type, enabled=False):
@@ -78,8 +87,8 @@ def _forward_kernel(
     )
     results = _compute(product, Operands(rows, weight, bias), fuse)
     shape = (*x.shape[:-1], weight.shape[0])
-    pre_act = _nothing(x) if results.pre_act is None else results.pre_act.view(shape)
-    return results.out.view(shape), pre_act
+    pre_act = _nothing(x) if results.pre_act is None else _shaped(results.pre_act, shape)
+    return _shaped(results.out, shape), pre_act
 
 
 def _forward_fake(x, weight, bias, activation, save_pre_act, fuse):
@@ -100,7 +109,7 @@ def _input_gradient_kernel(
     shape = (*dout.shape[:-1], weight.shape[1])
     if dresidual is not None:
         dx = torch.addmm(_rows(dresidual), rows, weight)
-        return dx.view(shape), _nothing(dout)
+        return _shaped(dx, shape), _nothing(dout)
     product = Product(
         INPUT_GRADIENT,
         rows.shape[0],
@@ -115,7 +124,7 @@ def _input_gradient_kernel(
     pre_rows = None if pre_act is None else _rows(pre_act)
     results = _compute(product, Operands(rows, weight, None, pre_rows), fuse)
     dbias = _nothing(dout) if results.dbias is None else results.dbias
-    return results.out.view(shape), dbias
+    return _shaped(results.out, shape), dbias
 
 
 def _input_gradient_fake(dout, weight, pre_act, activation, dresidual, need_bias, fuse):

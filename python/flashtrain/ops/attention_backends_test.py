@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -348,7 +348,9 @@ BROKEN = {
 
 
 @pytest.fixture
-def broken(request: pytest.FixtureRequest, tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
+def broken(
+    request: pytest.FixtureRequest, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """All three packages, each of which holds the parameter, in the path; what is said of them."""
     code, message = request.param
     for name in ("flash_attn", "flash_attn/cute"):

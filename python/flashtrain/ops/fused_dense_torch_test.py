@@ -372,3 +372,12 @@ def test_modules() -> None:
     torch.testing.assert_close(mlp.eval()(x), expected)
     plain = fd.FusedMLP(16, 32, 8, heuristic=-1, checkpoint_lvl=2, device=DEVICE)
     assert plain(x).shape == (2, 3, 8)
+
+
+def test_outputs_may_be_written_to() -> None:
+    """In place, and through views, as rotary embeddings are applied to a projection."""
+    inputs = Case((2, 3), dtype=FP32).inputs()
+    (out,) = Case((2, 3), dtype=FP32).ours(inputs)
+    expected = torch.autograd.grad((2 * out).square().sum(), inputs["x"], retain_graph=True)
+    out.view(6, -1).mul_(2)
+    assert torch.equal(torch.autograd.grad(out.square().sum(), inputs["x"])[0], expected[0])

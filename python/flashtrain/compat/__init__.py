@@ -1,0 +1,1 @@
+"""Names of other packages for what flashtrain has; nothing else of flashtrain depends on it."""

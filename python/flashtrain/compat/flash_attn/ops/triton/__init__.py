@@ -1,0 +1,1 @@
+"""Mirror of flash_attn.ops.triton; the kernels are C++ and CUDA here."""
