@@ -3,7 +3,7 @@
 results = run_benchmarks({"hellaswag": Path("hellaswag_val.jsonl")}, scorer)
 """
 
-from flashtrain.eval.benchmarks import BENCHMARKS, parse_benchmarks, run_benchmarks
+from flashtrain.eval.benchmarks import BENCHMARKS, exp, parse_benchmarks, run_benchmarks
 from flashtrain.eval.scoring import Scorer
 
-__all__ = ["BENCHMARKS", "Scorer", "parse_benchmarks", "run_benchmarks"]
+__all__ = ["BENCHMARKS", "Scorer", "exp", "parse_benchmarks", "run_benchmarks"]

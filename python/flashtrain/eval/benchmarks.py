@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from flashtrain.errors import UserError, did_you_mean
+from flashtrain.errors.ranges import shown
 from flashtrain.eval.scoring import Request, Scorer
+from flashtrain.files import cause
 
 
 def parse_benchmarks(text: str) -> dict[str, Path]:
@@ -62,18 +64,24 @@ def run_benchmarks(files: Mapping[str, Path], scorer: Scorer) -> dict[str, float
 def hellaswag(file: Path, scorer: Scorer) -> dict[str, float]:
     """Which of four endings follows: accuracy by log-likelihood, and by that per byte."""
     requests, labels, num_bytes = [], [], []
-    for where, example in _json_lines(file, ("ctx_a", "ctx_b", "activity_label", "endings")):
+    for where, example in _json_lines(
+        file, texts=("ctx_a", "ctx_b", "activity_label"), others=("endings",)
+    ):
         endings, label = example["endings"], example.get("label", "")
-        if not isinstance(endings, list) or len(endings) != 4:
+        if not (
+            isinstance(endings, list)
+            and len(endings) == 4
+            and all(isinstance(ending, str) and _without_markup(ending) for ending in endings)
+        ):
             raise UserError(f"{where}: endings must be a list of four texts")
         if str(label) not in ("0", "1", "2", "3"):
-            raise UserError(f"{where}: label must be 0 to 3, got {label!r}: use the val split")
+            raise UserError(f"{where}: label must be 0 to 3, got {shown(label)}: use the val split")
         context = f"{example['ctx_a']} {example['ctx_b'].capitalize()}"
         question = _without_markup(f"{example['activity_label']}: {context}")
         labels.append(int(label))
         for ending in map(_without_markup, endings):
             requests.append(_request(scorer, question, " " + ending))
-            num_bytes.append(len(ending.encode("utf-8")))
+            num_bytes.append(len(ending.encode("utf-8", "surrogatepass")))
     scores = scorer.score(requests)[:, 0].view(-1, 4)
     per_byte = scores / torch.tensor(num_bytes, dtype=torch.float64).view(-1, 4)
     right = torch.tensor(labels)
@@ -86,7 +94,7 @@ def hellaswag(file: Path, scorer: Scorer) -> dict[str, float]:
 def lambada(file: Path, scorer: Scorer) -> dict[str, float]:
     """The last word of each text: accuracy of greedy decoding, perplexity of the word."""
     requests = []
-    for where, example in _json_lines(file, ("text",)):
+    for where, example in _json_lines(file, texts=("text",)):
         context, space, word = example["text"].strip().rpartition(" ")
         if not space:
             raise UserError(f"{where}: the text has one word only, so there is nothing to ask")
@@ -94,7 +102,7 @@ def lambada(file: Path, scorer: Scorer) -> dict[str, float]:
     scores = scorer.score(requests)
     return {
         "accuracy": scores[:, 1].mean().item(),
-        "perplexity": math.exp(-scores[:, 0].mean().item()),
+        "perplexity": exp(-scores[:, 0].mean().item()),
     }
 
 
@@ -106,6 +114,8 @@ def wikitext(file: Path, scorer: Scorer) -> dict[str, float]:
         raise UserError(
             f"{file} is not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {cause(error)}") from error
     words, num_bytes = len(published.split()), len(published.encode("utf-8"))
     if not words:
         raise UserError(f"{file} has no text")
@@ -117,8 +127,8 @@ def wikitext(file: Path, scorer: Scorer) -> dict[str, float]:
         previous = window[-1]
     nats = -scorer.score(requests)[:, 0].sum().item()
     return {
-        "perplexity": math.exp(nats / len(tokens)),
-        "word_perplexity": math.exp(nats / words),
+        "perplexity": exp(nats / len(tokens)),
+        "word_perplexity": exp(nats / words),
         "bits_per_byte": nats / math.log(2) / num_bytes,
     }
 
@@ -128,6 +138,14 @@ BENCHMARKS: dict[str, Callable[[Path, Scorer], dict[str, float]]] = {
     "lambada": lambada,
     "wikitext": wikitext,
 }
+
+
+def exp(nats: float) -> float:
+    """e to the power of `nats`, infinite beyond the largest float."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def _request(scorer: Scorer, context: str, continuation: str) -> Request:
@@ -140,25 +158,40 @@ def _request(scorer: Scorer, context: str, continuation: str) -> Request:
     return Request(tuple(before), tuple(encode(continuation)))
 
 
-def _json_lines(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("<file>, line n", object) for each line that is not empty."""
-    count = 0
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                example = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON: {error}") from error
-            if not isinstance(example, dict) or (missing := set(keys) - example.keys()):
-                lacks = "is no object" if not isinstance(example, dict) else f"lacks {missing}"
-                raise UserError(f"{where} {lacks}; each line has the keys {', '.join(keys)}")
-            count += 1
-            yield where, example
+def _json_lines(
+    file: Path, texts: tuple[str, ...], others: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("<file>, line n", object) for each line that is not empty; it has the keys of both."""
+    count, keys = 0, (*texts, *others)
+    for number, line in _lines(file):
+        where = f"{file}, line {number}"
+        try:
+            example = json.loads(line)
+        except RecursionError as error:
+            raise UserError(f"{where} is nested too deep") from error
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON: {error}") from error
+        if not isinstance(example, dict) or (missing := set(keys) - example.keys()):
+            lacks = "is no object" if not isinstance(example, dict) else f"lacks {missing}"
+            raise UserError(f"{where} {lacks}; each line has the keys {', '.join(keys)}")
+        for key in texts:
+            if not isinstance(example[key], str):
+                raise UserError(f"{where}: {key} must be a text, got {shown(example[key])}")
+        count += 1
+        yield where, example
     if not count:
         raise UserError(f"{file} has no examples")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The numbers and bytes of the lines that are not empty."""
+    try:
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {cause(error)}") from error
 
 
 def _without_markup(text: str) -> str:

@@ -203,6 +203,9 @@ def test_wikitext_is_detokenized() -> None:
         ("", "has no examples"),
         ("not json\n", "line 1 is not JSON"),
         ('{"text": "a b"}\n[]\n', "line 2 is no object"),
+        ("\n" + "[" * 100_000 + "\n", "line 2 is nested too deep"),
+        ('{"text": "a b"}\n{"text": "a', "line 2 is not JSON"),
+        ('{"text": 7}\n', "line 1: text must be a text, got 7"),
         ('{"txt": "a b"}\n', r"line 1 lacks \{'text'\}; each line has the keys text"),
     ],
 )
@@ -211,6 +214,45 @@ def test_other_formats_are_refused(content: str, message: str, tmp_path: Path) -
     file.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         BENCHMARKS["lambada"](file, scorer(likes("")))
+
+
+def test_benchmarks_take_marks_and_lone_surrogates(tmp_path: Path) -> None:
+    file = tmp_path / "lambada.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a caf\\ud83d"}\n')
+    assert BENCHMARKS["lambada"](file, scorer(likes("")))["accuracy"] == 0.0
+    file.write_bytes(b'{"text": "a b"}\n{"text": "a \xff"}\n')
+    with pytest.raises(UserError, match=r"line 2 is not JSON: 'utf-8' codec"):
+        BENCHMARKS["lambada"](file, scorer(likes("")))
+
+
+@pytest.mark.parametrize("endings", [["a", "b", "c", 4], ["a", "b", "c"], "abcd", list("ab ") * 2])
+def test_hellaswag_endings_are_four_texts(endings: object, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "h.jsonl", [HELLASWAG | {"endings": endings}])
+    with pytest.raises(UserError, match=r"h.jsonl, line 1: endings must be a list of four texts"):
+        BENCHMARKS["hellaswag"](file, scorer(likes("")))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_file_that_has_gone_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"cannot read {tmp_path}/gone: ") as refusal:
+        BENCHMARKS[name](tmp_path / "gone", scorer(likes("")))
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_perplexity_of_a_bad_model_is_infinite(tmp_path: Path) -> None:
+    logits = torch.full((VOCAB,), -1e6)
+    logits[0] = 0.0
+
+    def never(tokens_BT: Tensor) -> Tensor:
+        return logits.expand(*tokens_BT.shape, VOCAB)
+
+    lambada = write_lines(tmp_path / "lambada.jsonl", [{"text": "he saw"}])
+    assert BENCHMARKS["lambada"](lambada, scorer(never))["perplexity"] == math.inf
+    wikitext = tmp_path / "wiki.test.raw"
+    wikitext.write_text(WIKITEXT, encoding="utf-8")
+    results = BENCHMARKS["wikitext"](wikitext, scorer(never))
+    assert results["perplexity"] == results["word_perplexity"] == math.inf
+    assert math.isfinite(results["bits_per_byte"])
 
 
 def test_undecodable_text_is_refused(tmp_path: Path) -> None:
