@@ -23,7 +23,10 @@ from flashtrain.ops._library import eager, launch_context, register, to_kernel
 
 
 def _last_adjacent(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    # Not contiguous(), which leaves the strides of an empty tensor as they are.
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _contiguous(tensor: Tensor | None) -> object:

@@ -44,6 +44,7 @@ def echo(
 X = torch.ones(2)
 ONE = torch.tensor(1)
 untyped: Any = op
+untyped_echo: Any = echo
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_what_is_converted(arguments: dict, result: Any) -> None:
     (name,) = arguments
     place = list(inspect.signature(echo).parameters).index(name)
     defaults = [p.default for p in inspect.signature(echo).parameters.values()]
-    for got in (echo(**arguments), echo(*defaults[:place], arguments[name])):
+    for got in (echo(**arguments), untyped_echo(*defaults[:place], arguments[name])):
         assert got[place] == result
         assert type(got[place]) is type(result)
         assert all(type(n) is int for n in got[2] or ())

@@ -41,7 +41,7 @@ _OPS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "attention": (attention.flash_attn_func, [_QKV] * 3),
     "attention of sequences": (
         lambda q, k, v: attention.flash_attn_varlen_func(
-            *(t.flatten(0, 1) for t in (q, k, v)), _CU, _CU, 8, 8, causal=True
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), _CU, _CU, 8, 8, causal=True
         ),
         [_QKV] * 3,
     ),

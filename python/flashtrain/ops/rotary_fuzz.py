@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops import rotary
+from flashtrain.ops._rotary_tables import make_tables
 from flashtrain.ops.reference.rotary import apply_rotary_emb as reference_rotary
+from flashtrain.ops.rotary_scaling import RotaryScaling
 from flashtrain.testing.devices import DEVICE
-from flashtrain.testing.fuzz import FLOATS, Call, Expected, spoiled, tensor
+from flashtrain.testing.fuzz import FLOATS, Call, Expected, spoiled, tensor, upper_bound
 
 
 class _UnreadError(Exception):
@@ -95,6 +97,40 @@ class _Reference:
         return out
 
 
+# Kept from call to call, with the tables that those before have made.
+_MODULES = [rotary.RotaryEmbedding(4, scale_base=scale_base) for scale_base in (None, 16.0)]
+
+
+def _embed(qkv: Tensor, module: int, **where: Any) -> Any:
+    return _MODULES[module](qkv, **where)
+
+
+def _embed_reference(a: dict[str, Any], results: list[Any]) -> list[Expected | None]:
+    """By tables of the length that this call needs."""
+    a = {"position_ids": None, "cu_seqlens": None, "seqlen_offset": 0} | a
+    a["seqlen_offsets"] = a["seqlen_offset"]
+    positions = _positions(a, a["qkv"])
+    length = int(positions.max()) + 1 if positions.numel() else 0
+    scale_base = _MODULES[a["module"]].scale_base
+    tables = make_tables(4, 10000.0, scale_base, RotaryScaling(), length, DEVICE)
+    a |= tables._asdict() | {"num_heads_q": None}
+    return _Reference("qkv", a["qkv"])(a, results)
+
+
+def _draw_embed(rng: random.Random) -> Call:
+    """A call of a module, well-formed, with max_seqlen as an upper bound."""
+    arguments, tokens, table = _draw_shape(rng)
+    arguments["seqlen_offset"] = arguments.pop("seqlen_offsets", 0)
+    on_host = DEVICE.type == "cpu" or isinstance(arguments["seqlen_offset"], int)
+    if arguments.get("position_ids") is not None and DEVICE.type != "cpu":
+        on_host = False
+    arguments["max_seqlen"] = upper_bound(rng, table) if on_host else table
+    shape = (*tokens, 3, rng.choice((1, 2)), rng.choice((4, 6, 16)))
+    arguments["qkv"] = torch.randn(shape).to(DEVICE, rng.choice(FLOATS))
+    arguments["module"] = rng.randrange(2)
+    return Call(_embed, arguments, _embed_reference)
+
+
 def _where(rng: random.Random, batch: int, length: int, table: int) -> dict[str, Any]:
     """Positions in one of the ways to give them, within the table."""
     room = table - length
@@ -122,11 +158,13 @@ def _draw_shape(rng: random.Random) -> tuple[dict[str, Any], tuple[int, ...], in
     dtype = rng.choice((torch.int32, torch.int64))
     arguments: dict[str, Any] = {"cu_seqlens": torch.tensor(bounds, dtype=dtype, device=DEVICE)}
     if rng.random() < 0.5:
-        arguments["max_seqlen"] = max(lengths)
+        arguments["max_seqlen"] = upper_bound(rng, max(lengths))
     return arguments, (bounds[-1] + rng.choice((0, 0, 2)),), 4
 
 
 def draw(rng: random.Random) -> Call:
+    if rng.random() < 0.2:
+        return _draw_embed(rng)
     arguments, tokens, table = _draw_shape(rng)
     dim = rng.choice((2, 4, 6, 16, 20))
     half = rng.randint(1, dim // 2)
@@ -142,6 +180,8 @@ def draw(rng: random.Random) -> Call:
     x = torch.randn(*tokens, *((), (3,), (2,))[kind], heads, dim).to(DEVICE, dtype)
     if kind == 0:
         arguments["inplace"] = rng.random() < 0.4
+        if not arguments["inplace"]:
+            x = tensor(rng, x.shape, dtype)
         grad = not arguments["inplace"] and rng.random() < 0.7
         arguments["x"] = x.requires_grad_() if grad else x
         return spoiled(rng, Call(rotary.apply_rotary_emb, arguments, _Reference("x", x)))

@@ -217,6 +217,12 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
         assert torch.equal(moved, expected)
 
 
+def test_elements_apart_of_an_empty_tensor() -> None:
+    x = torch.zeros(1, 0, 3, 16, 2, device=DEVICE)[..., 0]
+    out = rotary.apply_rotary_emb(x, *Case(rotary_dim=16, dtype=FP32).tables())
+    assert out.shape == x.shape
+
+
 def test_expanded_gradient() -> None:
     case = Case(dtype=FP32)
     x, tables = case.x(), case.tables()

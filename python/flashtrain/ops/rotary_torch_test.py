@@ -369,6 +369,7 @@ def test_max_seqlen_is_an_upper_bound(how: str) -> None:
         cu_seqlens = torch.tensor([0, 5, 10], device=DEVICE)
         options["cu_seqlens"] = cu_seqlens
         qkv = qkv.flatten(0, 1)
+        assert module._tables is not None
         cos, sin = module._tables[:2]
         out = rotary.apply_rotary_emb(
             qkv[:, 0], cos, sin, seqlen_offsets=2, cu_seqlens=cu_seqlens, max_seqlen=far
