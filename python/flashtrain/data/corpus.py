@@ -168,13 +168,13 @@ class Parquet:
                 for batch in file.iter_batches(_PARQUET_ROWS, columns=[self.column]):
                     for text in batch.column(0).to_pylist():
                         number += 1
-                        yield from document(
-                            [text.decode() if isinstance(text, bytes) else text or ""]
-                        )
+                        if isinstance(text, bytes):
+                            text = text.decode()
+                        yield from document([text or ""])
         except UnicodeDecodeError as error:
             bad = error.object[error.start]
             raise DataError(
-                f"{self.path}, column {self.column!r}, after {number:,} rows: text that is not UTF-8"
+                f"{self.path}, column {self.column!r}, near row {number:,}: text that is not UTF-8"
                 f" (byte {bad:#04x})"
             ) from None
         except (pyarrow.ArrowException, OSError) as error:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import tracemalloc
+import types
 
 import pyarrow
 import pyarrow.parquet
@@ -14,8 +15,10 @@ from flashtrain.data import DataError
 from flashtrain.data import corpus as corpus_module
 from flashtrain.data.compressed import open_binary
 from flashtrain.data.corpus import Corpus, Shard
+from flashtrain.data.job import enter
 from flashtrain.data.load import parse_mixture
 from flashtrain.data.sources import default_folder, parse_source
+from flashtrain.data.tokenizer import get_tokenizer
 
 DOCUMENTS = ["To be, or not to be.\n", "naïve — 漢字 🎭", "x" * 5000, "\r\n tabs\t\0", "end"]
 
@@ -109,6 +112,32 @@ def test_datasets_in_the_layout_of_the_hub(folder_of_datasets):
     assert all_texts(corpus, "val") == DOCUMENTS[:2] * 2
     with pytest.raises(DataError, match=r"no text in column 'words'\s+Columns of strings: text;"):
         parse_source(f"hf:{folder_of_datasets}::words").corpus()
+
+
+def test_a_dataset_of_the_hub_is_read_at_one_commit(folder_of_datasets, monkeypatch, tmp_path):
+    """Also by a later run, which goes on where one was stopped; the newest may be another."""
+    import datasets  # here: it reads the environment
+
+    commits = iter(["a" * 40, "b" * 40])
+    asked = []
+    load = datasets.load_dataset
+
+    def load_dataset(name, config, revision=None, **options):
+        asked.append((name, revision))
+        return load(str(folder_of_datasets), config, **options)
+
+    def load_builder(name, config):
+        return types.SimpleNamespace(hash=next(commits))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_builder)
+    source = parse_source("hf:somebody/something")
+    tokenizer = get_tokenizer("gpt2")
+    for _ in range(2):
+        job, corpus = enter(tmp_path / ".out.partial", source, tokenizer, 100, print)
+        assert job.text == {"revision": "a" * 40}
+        assert all_texts(corpus, "val") == DOCUMENTS[:2] * 2
+    assert set(asked) == {("somebody/something", "a" * 40)}
 
 
 def test_a_dataset_that_is_not_there_is_one_line(folder_of_datasets):
