@@ -103,11 +103,10 @@ def test_no_backend_of_others_is_given_a_scale_of_0() -> None:
         ((0, 0), (0, 0)),
     ],
 )
-def test_sequences_of_odd_lengths(
-    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], heads: int = 9, heads_k: int = 3
-) -> None:
+def test_sequences_of_odd_lengths(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> None:
     """Dao-AILab/flash-attention#1537: empty sequences, and a longest of 1; head dim 33."""
     torch.manual_seed(0)
+    heads, heads_k = 9, 3
     q = torch.randn(sum(lengths_q), heads, 33, requires_grad=True)
     k, v = (torch.randn(sum(lengths_k), heads_k, 33, requires_grad=True) for _ in range(2))
     bounds = _cu_seqlens(lengths_q), _cu_seqlens(lengths_k)

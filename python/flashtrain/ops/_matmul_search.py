@@ -4,7 +4,7 @@ The first time a product is met, the library's candidates and the plain path run
 what the library refuses, or computes otherwise than the plain path, is dropped, and the fastest of
 the rest, the plain path among them, is kept: in this process, and in a file for later ones,
 
-    ${XDG_CACHE_HOME:-~/.cache}/flashtrain/matmul/<card>_cublaslt<version>_torch<version>.json
+    ${XDG_CACHE_HOME:-~/.cache}/flashtrain/matmul/<card>_<n>sm_cublaslt<version>_torch<version>.json
 
 which may be deleted at any time. A process takes over what another has stored meanwhile, so that
 all processes of a run, and the run when it is continued, compute with the same bits. Nothing is
@@ -15,13 +15,11 @@ the environment: then the library's first candidate is taken, unless a choice is
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
 import re
 import statistics
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -29,7 +27,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flashtrain import _kernels
+from flashtrain import _kernels, files
 from flashtrain.ops import _dense_products as products
 from flashtrain.ops._dense_products import Algorithm, Operands, Product, Results
 
@@ -194,22 +192,35 @@ def _store_of(device: torch.device) -> _Store | None:
             warnings.warn(f"fused_dense takes its plain path: {error}", stacklevel=2)
             _stores[device] = None
         else:
-            card = torch.cuda.get_device_name(device)
+            # A slice of a card (MIG) has fewer multiprocessors than the card.
+            properties = torch.cuda.get_device_properties(device)
+            card = f"{properties.name}_{properties.multi_processor_count}sm"
             name = f"{card}_cublaslt{version}_torch{torch.__version__}.json"
-            _stores[device] = _Store(_cache_dir() / re.sub(r"[^A-Za-z0-9._+-]+", "-", name))
+            _stores[device] = _Store(_cache_dir(), re.sub(r"[^A-Za-z0-9._+-]+", "-", name))
     return _stores[device]
 
 
-def _cache_dir() -> pathlib.Path:
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "flashtrain" / "matmul"
+def _cache_dir() -> pathlib.Path | None:
+    """None where neither the environment nor the system names a home folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # as its specification says
+        try:
+            base = str(pathlib.Path.home() / ".cache")
+        except RuntimeError:
+            warnings.warn(
+                "no home folder is known; the choice of matmul algorithms is kept for this process "
+                "only; XDG_CACHE_HOME names a folder",
+                stacklevel=3,
+            )
+            return None
+    return pathlib.Path(base, "flashtrain", "matmul")
 
 
 class _Store:
-    """The choices in a file: read once, written whole whenever one is added."""
+    """The choices in a file of a folder: read once, written whole whenever one is added."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
+    def __init__(self, folder: pathlib.Path | None, name: str) -> None:
+        self._path = None if folder is None else folder / name
         self._entries = self._read()
 
     def find(self, product: Product, operands: Operands) -> tuple[bool, Algorithm | None]:
@@ -220,8 +231,10 @@ class _Store:
         self, product: Product, operands: Operands, choice: Algorithm | None
     ) -> Algorithm | None:
         """Stores the choice, unless another process has stored one: returns the one to use."""
+        if self._path is None:
+            return choice
         try:
-            with self._locked():
+            with self._locked(self._path):
                 self._entries = self._read()
                 known, stored = self._decode(product, operands, self._entries)
                 if known:
@@ -229,13 +242,15 @@ class _Store:
                 self._entries[product.name()] = (
                     None if choice is None else [choice.data.hex(), *choice[1:]]
                 )
-                self._write()
+                text = json.dumps({"format": _FORMAT, "choices": self._entries}, indent=1)
+                files.write(self._path, text.encode())
         except OSError as error:
             warnings.warn(
-                f"{self._path}: {error.strerror or error}; the choice of matmul algorithms is kept "
+                f"{self._path}: {files.cause(error)}; the choice of matmul algorithms is kept "
                 "for this process only; XDG_CACHE_HOME names another folder",
                 stacklevel=2,
             )
+            self._path = None
         return choice
 
     @staticmethod
@@ -250,33 +265,30 @@ class _Store:
         try:
             data, workspace_bytes, sums = entry
             algorithm = Algorithm(bytes.fromhex(data), int(workspace_bytes), bool(sums))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False, None
         return products.accepts(product, operands, algorithm), algorithm
 
     def _read(self) -> dict:
+        if self._path is None:
+            return {}
         try:
-            content = json.loads(self._path.read_text())
+            files.check_regular(self._path)
+            content = json.loads(self._path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError) as error:
-            warnings.warn(f"{self._path} is ignored: {error}", stacklevel=2)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = files.cause(error) if isinstance(error, OSError) else error
+            warnings.warn(f"{self._path} is ignored: {reason}", stacklevel=2)
             return {}
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            return {}
-        return content.get("choices", {})
+        choices = content.get("choices") if isinstance(content, dict) else None
+        is_ours = isinstance(choices, dict) and content.get("format") == _FORMAT
+        return choices if is_ours else {}
 
+    @staticmethod
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path.with_suffix(".lock"), "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    def _locked(path: pathlib.Path) -> Iterator[None]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as file:
+            files.lock(file, wait=True)
             yield
-
-    def _write(self) -> None:
-        text = json.dumps({"format": _FORMAT, "choices": self._entries}, indent=1)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=self._path.parent, prefix=self._path.stem, suffix=".tmp", delete=False
-        ) as file:
-            file.write(text)
-        os.replace(file.name, self._path)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pathlib
 import stat
+import warnings
 
 import pytest
 import torch
 
-from flashtrain import _kernels
+from flashtrain import _kernels, files
 from flashtrain.ops import _dense_products as products
 from flashtrain.ops import _matmul_search as search
 from flashtrain.ops._dense_products import Algorithm, Operands, Product, Results
@@ -37,6 +40,10 @@ def _own_cache(tmp_path, monkeypatch: pytest.MonkeyPatch):
     search.forget()
 
 
+def _store(path: pathlib.Path) -> search._Store:
+    return search._Store(path.parent, path.name)
+
+
 @pytest.fixture
 def _accepts_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "accepts", lambda *_: True)
@@ -49,19 +56,19 @@ def _accepts_all(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("choice", [None, _ALGORITHM])
 def test_a_choice_is_found_again(tmp_path, choice) -> None:
     path = tmp_path / "folder" / "card.json"
-    store = search._Store(path)
+    store = _store(path)
     assert store.find(_product(), _operands()) == (False, None)
     assert store.add(_product(), _operands(), choice) == choice
-    assert search._Store(path).find(_product(), _operands()) == (True, choice)
+    assert _store(path).find(_product(), _operands()) == (True, choice)
     for other in (_product(257), _product(bias=True), _product(activation=products.RELU)):
-        assert search._Store(path).find(other, _operands()) == (False, None)
+        assert _store(path).find(other, _operands()) == (False, None)
     assert [p.name for p in path.parent.iterdir() if p.suffix == ".tmp"] == []
 
 
 @pytest.mark.usefixtures("_accepts_all")
 def test_what_another_process_stored_is_taken_over_and_kept(tmp_path) -> None:
     path = tmp_path / "card.json"
-    ours, theirs = search._Store(path), search._Store(path)
+    ours, theirs = _store(path), _store(path)
     theirs.add(_product(), _operands(), _ALGORITHM)
     theirs.add(_product(8), _operands(), None)
     assert ours.add(_product(), _operands(), None) == _ALGORITHM
@@ -74,46 +81,99 @@ def test_what_another_process_stored_is_taken_over_and_kept(tmp_path) -> None:
 def test_an_algorithm_that_the_library_refuses_is_replaced(tmp_path, monkeypatch) -> None:
     path = tmp_path / "card.json"
     monkeypatch.setattr(products, "accepts", lambda *_: True)
-    search._Store(path).add(_product(), _operands(), _ALGORITHM)
+    _store(path).add(_product(), _operands(), _ALGORITHM)
     monkeypatch.setattr(products, "accepts", lambda *_: False)
-    store = search._Store(path)
+    store = _store(path)
     assert not store.find(_product(), _operands())[0]
     assert store.add(_product(), _operands(), None) is None
-    assert search._Store(path).find(_product(), _operands()) == (True, None)
+    assert _store(path).find(_product(), _operands()) == (True, None)
 
 
 @pytest.mark.usefixtures("_accepts_all")
-@pytest.mark.parametrize("content", ["{", "", "[1]", '{"format": 99, "choices": {}}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "",
+        "[1]",
+        '{"format": 99, "choices": {}}',
+        "\x00\xff",
+        '{"format": 1, "choices": [3]}',
+        "[" * 200_000,
+    ],
+)
 def test_a_file_that_is_no_store_is_replaced(tmp_path, content: str) -> None:
     path = tmp_path / "card.json"
     path.write_text(content)
-    if content[:1] in ("{", "[") and content != "{":
-        store = search._Store(path)
+    if content[:1] in ("{", "[") and content[-1] in "]}":
+        store = _store(path)
     else:
         with pytest.warns(UserWarning, match="card.json is ignored"):
-            store = search._Store(path)
+            store = _store(path)
     assert not store.find(_product(), _operands())[0]
 
 
 @pytest.mark.usefixtures("_accepts_all")
-@pytest.mark.parametrize("entry", [5, "zz", ["zz", 1, True], ["00", "x", True], [], {}])
+@pytest.mark.parametrize(
+    "entry", [5, "zz", ["zz", 1, True], ["00", "x", True], ["00", float("inf"), True], [], {}]
+)
 def test_an_entry_that_is_no_choice_is_ignored(tmp_path, entry) -> None:
     path = tmp_path / "card.json"
     path.write_text(json.dumps({"format": 1, "choices": {_product().name(): entry}}))
-    assert not search._Store(path).find(_product(), _operands())[0]
+    assert not _store(path).find(_product(), _operands())[0]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
 def test_a_folder_that_cannot_be_written(tmp_path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.warns(UserWarning, match="kept for this process only; XDG_CACHE_HOME"):
-        assert search._Store(tmp_path / "a" / "b.json").add(_product(), _operands(), None) is None
+        assert _store(tmp_path / "a" / "b.json").add(_product(), _operands(), None) is None
 
 
 def test_a_folder_that_is_a_file(tmp_path) -> None:
     (tmp_path / "a").write_text("")
     with pytest.warns(UserWarning, match="kept for this process only; XDG_CACHE_HOME"):
-        assert search._Store(tmp_path / "a" / "b.json").add(_product(), _operands(), None) is None
+        assert _store(tmp_path / "a" / "b.json").add(_product(), _operands(), None) is None
+
+
+def test_a_pipe_in_place_of_the_file_is_not_read(tmp_path) -> None:
+    os.mkfifo(tmp_path / "card.json")
+    with pytest.warns(UserWarning, match=r"card.json is ignored: .* is a pipe"):
+        assert not _store(tmp_path / "card.json").find(_product(), _operands())[0]
+
+
+@pytest.mark.usefixtures("_accepts_all")
+@pytest.mark.parametrize("refusal", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_refuses_is_told_once(tmp_path, refusal: int, monkeypatch) -> None:
+    def write(path, content):
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(files, "write", write)
+    store = _store(tmp_path / "card.json")
+    with pytest.warns(UserWarning, match="kept for this process only; XDG_CACHE_HOME"):
+        assert store.add(_product(), _operands(), _ALGORITHM) == _ALGORITHM
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.add(_product(8), _operands(), None) is None
+
+
+def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> pathlib.Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    with pytest.warns(UserWarning, match="no home folder is known; .* XDG_CACHE_HOME names"):
+        folder = search._cache_dir()
+    assert folder is None
+    store = search._Store(folder, "card.json")
+    assert store.add(_product(), _operands(), _ALGORITHM) == _ALGORITHM
+
+
+def test_a_relative_cache_folder_is_ignored(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert search._cache_dir() == tmp_path / ".cache" / "flashtrain" / "matmul"
 
 
 def test_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
