@@ -8,16 +8,20 @@ A run of ours is also measured on the whole validation split of its data. All GP
 last line is JSON with the results.
 """
 
+from flashtrain import environment
+
+if __name__ == "__main__":
+    environment.start("interrupted")  # before the other imports, which take long
+
 import json
-import math
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from experiments import command_line
+from flashtrain.data.paths import user_path
 from flashtrain.errors import UserError
 from flashtrain.train import launcher
 
@@ -42,7 +46,6 @@ def _define_flags() -> flags.FlagValues:
 
 def main() -> int:
     """Parses, loads and measures, in one process for each device."""
-    command_line.enter_user_folder()
     values = _define_flags()
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         lines = [f"  {flag:<26} {text}" for flag, text in command_line.flag_lines(values)]
@@ -68,18 +71,18 @@ def main() -> int:
 
 def _measure(values: flags.FlagValues) -> None:
     from flashtrain import distributed
-    from flashtrain.eval import Scorer, parse_benchmarks, run_benchmarks
+    from flashtrain.eval import Scorer, exp, parse_benchmarks, run_benchmarks
     from flashtrain.train.load_model import load_model
     from flashtrain.train.precision import Precision
 
     files = parse_benchmarks(values.benchmarks)
     world = distributed.start(values.device)
-    loaded = load_model(Path(values.checkpoint).expanduser(), world.device, ema=values.ema)
+    loaded = load_model(user_path(values.checkpoint), world.device, ema=values.ema)
     precision = Precision(values.precision, world.device)
     results: dict[str, Any] = {"checkpoint": values.checkpoint}
     if values.validate and loaded.config is not None:
         loss = _validation_loss(loaded, precision, values.batch_size, world)
-        results |= {"val/loss": loss, "val/perplexity": math.exp(loss)}
+        results |= {"val/loss": loss, "val/perplexity": exp(loss)}
     scorer = Scorer(
         loaded.model,
         loaded.tokenizer,

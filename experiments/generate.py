@@ -7,13 +7,18 @@
 Continues each prompt and prints it with its text; the last line is JSON with the same.
 """
 
+from flashtrain import environment
+
+if __name__ == "__main__":
+    environment.start("interrupted")  # before the other imports, which take long
+
 import json
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from experiments import command_line
+from flashtrain.data.paths import user_path
 from flashtrain.errors import UserError
 from flashtrain.train import launcher
 
@@ -39,7 +44,6 @@ def _define_flags() -> flags.FlagValues:
 
 def main() -> int:
     """Parses, loads, writes."""
-    command_line.enter_user_folder()
     values = _define_flags()
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         lines = [f"  {flag:<26} {text}" for flag, text in command_line.flag_lines(values)]
@@ -48,8 +52,13 @@ def main() -> int:
     command_line.parse_flags(sys.argv, values)
     if not values.checkpoint:
         raise UserError("--checkpoint=<folder> names the model; --help shows the flags")
-    if values.max_new_tokens < 0:
-        raise UserError(f"--max_new_tokens={values.max_new_tokens} must be at least 0")
+    for name, low, high in (("max_new_tokens", 0, 2**63), ("top_k", 0, 2**63), ("seed", 0, 2**64)):
+        if not low <= values[name].value < high:
+            raise UserError(f"--{name}={values[name].value} must be in {low}..{high - 1}")
+    # Bytes of a prompt that are not UTF-8 come as surrogates, which are no text.
+    given = [
+        text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for text in values.prompt
+    ]
 
     import torch  # here: it takes seconds, and --help needs none
 
@@ -61,10 +70,10 @@ def main() -> int:
     if values.device == "cuda" and not has_gpu:
         raise UserError("--device=cuda, but torch finds no GPU; use --device=cpu")
     device = torch.device("cuda" if has_gpu and values.device != "cpu" else "cpu")
-    loaded = load_model(Path(values.checkpoint).expanduser(), device, ema=values.ema)
+    loaded = load_model(user_path(values.checkpoint), device, ema=values.ema)
     prompts = [
         torch.tensor(loaded.tokenizer.encode(text), dtype=torch.int64, device=device)
-        for text in values.prompt
+        for text in given
     ]
     try:
         tokens = loaded.model.generate(
@@ -87,9 +96,7 @@ def main() -> int:
     ]
     for text in texts:
         print(f"{text}\n{'-' * 20}")
-    samples = [
-        {"prompt": prompt, "text": text} for prompt, text in zip(values.prompt, texts, strict=True)
-    ]
+    samples = [{"prompt": prompt, "text": text} for prompt, text in zip(given, texts, strict=True)]
     print(json.dumps({"checkpoint": values.checkpoint, "samples": samples}))
     return 0
 

@@ -74,6 +74,14 @@ def test_samples_follow_the_seed(run_folder, generate):
     assert generate(run_folder, *options, "--seed=1", "--top_p=0.3") != first
 
 
+def test_a_prompt_that_is_cut_in_a_character_ends_in_a_replacement(run_folder, generate):
+    """openai/tiktoken#82, huggingface/transformers#8886."""
+    cut = "thou caf\udcc3"  # as Python has the bytes of a command line that are not UTF-8
+    options = ("--max_new_tokens=3", "--temperature=1e-40", f"--top_k={10**9}")
+    [text] = generate(run_folder, f"--prompt={cut}", *options)
+    assert text.startswith("thou caf\ufffd")
+
+
 def test_a_checkpoint_and_its_average_are_what_was_saved(run_folder):
     saved = checkpoint.paths(run_folder / "checkpoints")
     assert [path.name for path in saved] == ["step_00000300", "step_00000200"]
@@ -115,7 +123,13 @@ def test_mistakes_get_one_line(run_folder, tmp_path, generate):
 
     assert "there is no flag --promt; did you mean '--prompt'?" in refusal("--promt=x")
     assert "--max_new_tokens=many is not" in refusal("--max_new_tokens=many")
-    assert "--max_new_tokens=-1 must be at least 0" in refusal("--max_new_tokens=-1")
+    assert "--max_new_tokens=-1 must be in 0.." in refusal("--max_new_tokens=-1")
+    assert "do not fit into memory" in refusal(f"--max_new_tokens={2**50}")
+    for flag in (f"--seed={2**64}", "--seed=-1", "--top_k=-1"):
+        assert f"{flag} must be in 0.." in refusal(flag)
+    for value in ("nan", "inf"):
+        assert f"temperature={value} must be 0" in refusal(f"--temperature={value}")
+    assert "top_p=nan must be in (0, 1]" in refusal("--top_p=nan")
     assert "--device=gpu is not known; valid: auto, cpu, cuda" in refusal("--device=gpu")
     assert "temperature=-1.0 must be 0" in refusal("--temperature=-1")
     assert "top_p=2.0 must be in (0, 1]" in refusal("--top_p=2")

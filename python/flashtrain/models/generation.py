@@ -74,9 +74,7 @@ def generate(
     return tokens_BS
 
 
-def _check(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
+def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
     if not 0.0 <= temperature < math.inf:

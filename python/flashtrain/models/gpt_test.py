@@ -348,7 +348,7 @@ def test_ids_outside_the_vocabulary_are_refused(wrong, fused):
         model(bad)
     with pytest.raises(ValueError, match=rf"token id {wrong} came; supported: 0\.\.36"):
         model.generate(bad, 1)
-    with pytest.raises(ValueError, match=rf"{wrong}.*supported: .*36"):
+    with pytest.raises(ValueError, match=rf"{wrong}( came|; a label must be)"):
         model(tokens, bad)
     positions = torch.arange(12).expand(2, 12).clone()
     positions[0, 0] = 12

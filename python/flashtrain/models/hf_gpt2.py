@@ -300,7 +300,7 @@ def to_hf(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    end_of_text: int | None | str = "gpt2",
+    end_of_text: int | str | None = "gpt2",
 ) -> None:
     """Writes config.json and model.safetensors, which transformers' from_pretrained reads.
 

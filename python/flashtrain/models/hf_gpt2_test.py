@@ -3,8 +3,11 @@
 The shapes of GPT-2's four sizes are tried with narrow heads; on a GPU, as they are.
 """
 
+import errno
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,7 @@ def test_folders_are_exchanged_both_ways(tmp_path):
 
 
 def test_names_without_the_prefix_and_old_masks_are_taken():
+    """huggingface/transformers#24581."""
     hf = hf_model()
     ours = ours_of(hf)
     state = hf.transformer.state_dict()
@@ -212,15 +216,32 @@ def test_what_does_not_fit_is_named():
         ({"model_type": "opt"}, "model_type is 'opt'; supported: 'gpt2'"),
         ({"activation_function": "silu"}, "activation_function='silu' is not supported; "),
         ({"scale_attn_weights": False}, "scale_attn_weights=False is not supported"),
-        ({"n_embd": 10, "n_head": 3}, "d_model=10 is not a multiple"),
+        ({"n_embd": 10, "n_head": 3}, "n_embd=10 is not a multiple of n_head=3"),
+        ({"n_layer": 0}, "n_layer=0 must be at least 1"),
+        ({"n_layer": -3}, "n_layer=-3 must be at least 1"),
+        ({"n_layer": 10**9}, "n_layer=1000000000 must be at most 10000"),
+        ({"vocab_size": None}, "vocab_size=None must be int"),
+        ({"vocab_size": "50257"}, "vocab_size='50257' must be int"),
+        ({"vocab_size": 50257.0}, "vocab_size=50257.0 must be int"),
+        ({"vocab_size": 10**400}, "vocab_size=1000.*must be at most"),
+        ({"vocab_size": 10**9, "n_embd": 12000}, "parameters; supported: at most"),
+        ({"n_embd": "wide"}, "n_embd='wide' must be int"),
+        ({"n_embd": 0, "n_inner": 4}, "n_embd=0 must be at least 1"),
+        ({"n_inner": [1]}, r"n_inner=\[1\] must be int, or be null"),
+        ({"n_inner": 0}, "n_inner=0 must be at least 1, or be null"),
+        ({"activation_function": ["gelu"]}, r"activation_function=\['gelu'\] is not supported"),
+        ({"resid_pdrop": math.nan}, "resid_pdrop=nan must"),
+        ({"initializer_range": math.inf}, "initializer_range=inf must"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be bool"),
     ],
 )
 def test_other_models_are_refused(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         config_from_hf(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"config.json: .*{message}"):
+    with pytest.raises(UserError, match=f"config.json: .*{message}") as refusal:
         from_hf(tmp_path)
+    assert len(str(refusal.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -264,3 +285,120 @@ def test_unusable_folders_are_refused_by_one_line(tmp_path: Path):
     del tensors["transformer.ln_f.bias"]
     save_file(tensors, weights)
     assert f"{tmp_path} does not fit the model; missing: transformer.ln_f.bias" in refusal()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a model in several shards."""
+    hf_model().save_pretrained(tmp_path / "hf", max_shard_size="2KB")
+    return tmp_path / "hf"
+
+
+def refusal_of(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        from_hf(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(saved: Path):
+    for name in ("config.json", "model.safetensors.index.json"):
+        (saved / name).write_bytes(b"\xef\xbb\xbf" + (saved / name).read_bytes())
+    assert from_hf(saved).config.num_heads == 3
+
+
+def test_hostile_configs_are_refused_by_one_line(saved: Path):
+    config = saved / "config.json"
+    config.write_text("[" * 100_000)
+    assert "config.json cannot be read: its JSON is nested too deep" in refusal_of(saved)
+    config.write_text("[]")
+    assert "config.json holds list, expected a JSON object" in refusal_of(saved)
+    config.write_bytes(b'{"n_layer": \xff}')
+    assert "config.json cannot be read: 'utf-8' codec can't decode" in refusal_of(saved)
+    config.unlink()
+    os.mkfifo(config)
+    assert "config.json is a pipe, not a regular file" in refusal_of(saved)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../elsewhere.safetensors"}, "is not the name of a file in"),
+        ({"a": "/dev/zero"}, "is not the name of a file in"),
+        ({"a": "pipe"}, "pipe is a pipe, not a regular file"),
+        ({"a": "zero"}, "zero is a device, not a regular file"),
+        ({"a": "folder"}, "folder is a folder, not a regular file"),
+        ({"a": "gone"}, "gone does not exist, but model.safetensors.index.json lists it"),
+        ({"a": None}, "None does not exist"),
+        ({"a": 7 * "x" * 100}, "cannot be read|too long|does not exist"),
+        ({}, "has no weight_map"),
+        (["a"], "has no weight_map"),
+        (None, "has no weight_map"),
+    ],
+)
+def test_indices_stay_in_their_folder(weight_map: Any, message: str, saved: Path):
+    os.mkfifo(saved / "pipe")
+    (saved / "zero").symlink_to("/dev/zero")
+    (saved / "folder").mkdir()
+    index = saved / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert re.search(message, refusal_of(saved))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype):
+    hf = hf_model()
+    state = hf.state_dict()
+    state["transformer.ln_f.weight"] = state["transformer.ln_f.weight"].to(dtype)
+    with pytest.raises(ValueError, match=f"transformer.ln_f.weight is {dtype}"):
+        load_state_from_hf(ours_of(hf), state)
+
+
+def test_a_config_that_its_weights_do_not_fit_takes_no_memory(saved: Path):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"n_positions": 2**31 - 1}))
+    assert "misshapen: transformer.wpe.weight" in refusal_of(saved)
+
+
+def test_end_of_text_is_the_tokenizers(tmp_path: Path):
+    """salesforce/CodeGen#32, stefan-it/german-gpt2#9."""
+
+    def written(vocab_size: int, name: str, **options: Any) -> Any:
+        shape = {"num_layers": 1, "d_model": 4, "num_heads": 1, "max_seq_len": 4, "fused": False}
+        model = GPT(config_from_hf({}, **{**shape, "vocab_size": vocab_size}))
+        to_hf(model, tmp_path / name, **options)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["bos_token_id"] == config["eos_token_id"]
+        return config["eos_token_id"]
+
+    assert written(50257, "a") == written(50304, "b") == 50256
+    assert written(256, "c") is written(51_201, "d") is None
+    assert written(256, "e", end_of_text=3) == 3
+    assert written(50257, "f", end_of_text=None) is None
+    with pytest.raises(ValueError, match=r"end_of_text=256 must be None or in 0\.\.255"):
+        written(256, "g", end_of_text=256)
+
+
+def test_wrapped_models_are_exported_as_they_are(tmp_path: Path):
+    model = ours_of(hf_model())
+    expected = state_to_hf(model)
+    wrapped = torch.nn.DataParallel(torch.compile(model))
+    for name, tensor in state_to_hf(wrapped).items():
+        assert torch.equal(tensor, expected[name])
+    load_state_from_hf(wrapped, expected)
+    to_hf(wrapped, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("config.json", "model.safetensors")
+    ]
+    with pytest.raises(TypeError, match="the model is a Linear; supported: a GPT"):
+        state_to_hf(nn.Linear(1, 1))
+
+
+def test_what_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: Any):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flashtrain.files.os.fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*/out: the disk is full"):
+        to_hf(ours_of(hf_model()), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

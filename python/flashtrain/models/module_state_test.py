@@ -1,4 +1,7 @@
-"""What a model is made of is in its state dict: from the meta device, in copies and conversions."""
+"""What a model is made of is in its state dict: from the meta device, in copies and conversions.
+
+Public reports of the kind: huggingface/transformers#34234, pytorch/torchtitan#1371.
+"""
 
 import copy
 import pickle
@@ -119,7 +122,7 @@ def test_alibi_keeps_its_slopes_in_a_low_precision(dtype: torch.dtype, fused: bo
 
 def test_an_untied_state_does_not_go_into_a_tied_model() -> None:
     untied = tiny(tie_embeddings=False)
-    with pytest.raises(RuntimeError, match="head.weight differs from .*tie_embeddings=False"):
+    with pytest.raises(RuntimeError, match=r"head.weight differs from .*tie_embeddings=False"):
         tiny().load_state_dict(untied.state_dict())
     tied = tiny(seed=1)
     untied.load_state_dict(tied.state_dict())  # the other way is no loss

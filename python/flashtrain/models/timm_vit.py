@@ -82,7 +82,9 @@ def state_to_timm(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def load_state_from_timm(model: nn.Module, state: Mapping[str, Tensor], source: str = "state") -> None:
+def load_state_from_timm(
+    model: nn.Module, state: Mapping[str, Tensor], source: str = "state"
+) -> None:
     """Copies a state dict of timm's VisionTransformer into a model of the same shape.
 
     Args:

@@ -48,7 +48,7 @@ def _files(folder: Path) -> list[Path]:
         try:
             files.append(inside(folder, name))
         except FileNotFoundError as error:
-            raise UserError(f"{folder / name:.200} does not exist, but {_INDEX} lists it") from error
+            raise UserError(f"{folder / name} does not exist, but {_INDEX} lists it") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / _INDEX}: {_reason(error)}") from error
     return files

@@ -1,8 +1,8 @@
-"""Models inside torch.compile, DistributedDataParallel and the like: getting at them and their mode.
+"""The models inside torch.compile, DistributedDataParallel and the like, and their modes.
 
-    config = unwrap(torch.compile(model), GPT).config
-    with evaluating(model):
-        logits = model(tokens)
+config = unwrap(torch.compile(model), GPT).config
+with evaluating(model):
+    logits = model(tokens)
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""Models inside torch's wrappers, and the modes of their modules."""
+"""Models inside torch's wrappers, and the modes of their modules.
+
+Public reports of the kind: karpathy/nanoGPT#325, Lightning-AI/pytorch-lightning#2551.
+"""
 
 import pytest
 import torch

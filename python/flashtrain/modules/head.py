@@ -40,9 +40,7 @@ class LanguageModelHead(nn.Linear):
             return super().forward(hidden_BTD)
         # Made anew, not a buffer: to_empty and load_state_dict leave those undefined that no state
         # dict holds. It is added in the matmul's epilogue.
-        bias_V = torch.zeros(
-            self.out_features, dtype=self.weight.dtype, device=hidden_BTD.device
-        )
+        bias_V = torch.zeros(self.out_features, dtype=self.weight.dtype, device=hidden_BTD.device)
         bias_V[self.vocab_size :] = -math.inf
         return F.linear(hidden_BTD, self.weight, bias_V)
 
