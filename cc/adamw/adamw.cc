@@ -39,12 +39,12 @@ Status CheckRange(double value, double end, const char* range, const std::string
 }
 
 Status ValidateGroup(const AdamWGroup& g, const std::string& name) {
-  constexpr double kInf = std::numeric_limits<double>::infinity();
+  constexpr double kEnd = std::numeric_limits<float>::max();  // what the kernels compute with
   FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.beta1, 1.0, "in [0, 1)", name + "beta1"));
   FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.beta2, 1.0, "in [0, 1)", name + "beta2"));
-  FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.lr, kInf, "finite and at least 0", name + "lr"));
-  FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.eps, kInf, "finite and at least 0", name + "eps"));
-  return CheckRange(g.weight_decay, kInf, "finite and at least 0", name + "weight_decay");
+  FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.lr, kEnd, "at least 0 and finite in float32", name + "lr"));
+  FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.eps, kEnd, "at least 0 and finite in float32", name + "eps"));
+  return CheckRange(g.weight_decay, kEnd, "at least 0 and finite in float32", name + "weight_decay");
 }
 
 Status Validate(const AdamWParams& p) {

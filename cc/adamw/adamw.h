@@ -11,14 +11,17 @@
 // factor is that of torch.nn.utils.clip_grad_norm_.
 //
 // What the device alone knows is read there, so that the host never waits: where grad_norm is not
-// finite, or `skip` is not zero, nothing is updated but the count of skipped steps.
+// finite, grad_scale is not or is 0, or `skip` is not 0, nothing is updated but the count of skipped
+// steps.
 //
 // Numerics: fp32 arithmetic and state; the powers of beta are fp64. A low-precision parameter with
 // a master copy is the master rounded; without one, every step rounds it, and small updates are
-// lost. Bitwise deterministic, whatever the number of threads or CTAs.
+// lost. An element of the parameter that is not its master rounded, bit for bit, was written since
+// the last step (loaded, clamped): its master starts from there. Bitwise deterministic, whatever the
+// number of threads or CTAs.
 //
 // Cost: memory bound. Bytes for each fp32 parameter with an fp32 gradient: 28 (reads g, p, m, v;
-// writes p, m, v); a bf16 or fp16 parameter with a master copy and a gradient of its dtype: 28 too.
+// writes p, m, v); a bf16 or fp16 parameter with a master copy and a gradient of its dtype: 30.
 // The norm reads each gradient once. Tensors that are not 16-byte aligned (8-byte for 2-byte
 // elements) go element by element.
 #pragma once
@@ -37,7 +40,7 @@ namespace flashtrain {
 struct AdamWTensor {
   void* param = nullptr;  // param_dtype, updated
   DType param_dtype = DType::kFloat32;
-  float* master = nullptr;  // updated, and param set to it rounded; null: param itself is updated
+  float* master = nullptr;  // updated, and param set to it rounded; null: param alone is updated
 
   const void* grad = nullptr;  // grad_dtype; null: this step leaves the tensor and its state alone
   DType grad_dtype = DType::kFloat32;
@@ -51,7 +54,7 @@ struct AdamWTensor {
 };
 
 struct AdamWGroup {
-  double lr = 1e-3;
+  double lr = 1e-3;                     // >= 0; like eps and weight_decay, within float's range
   const float* lr_on_device = nullptr;  // one element of the op's device; null: `lr` counts
   double beta1 = 0.9, beta2 = 0.999;    // in [0, 1)
   double eps = 1e-8;                    // >= 0
@@ -66,7 +69,7 @@ struct AdamWParams {
   int64_t num_groups = 0;  // >= 1 where there are tensors
 
   // One element each, in the op's device memory.
-  const float* grad_scale = nullptr;  // gradients are divided by it; null: 1
+  const float* grad_scale = nullptr;  // gradients are divided by it; 0, inf, NaN: skip; null: 1
   const float* grad_norm = nullptr;   // of the gradients as they are, scaled; null: unknown
   const float* skip = nullptr;        // not 0: skip this step; null: 0
   int64_t* skipped_steps = nullptr;   // increased by 1 where the step is skipped; null: not counted

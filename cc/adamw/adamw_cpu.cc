@@ -86,8 +86,9 @@ void ForChunks(const std::vector<Chunk>& chunks, Task task) {
 }  // namespace
 
 void AdamWStepCpu(const AdamWParams& p) {
-  const float norm = ReadOr(p.grad_norm, 0.0f);
-  if (!std::isfinite(norm) || ReadOr(p.skip, 0.0f) != 0.0f) {
+  const float norm = ReadOr(p.grad_norm, 0.0f), scale = ReadOr(p.grad_scale, 1.0f);
+  const bool has_scale = std::isfinite(scale) && scale != 0.0f;
+  if (!std::isfinite(norm) || !has_scale || ReadOr(p.skip, 0.0f) != 0.0f) {
     if (p.skipped_steps != nullptr) ++*p.skipped_steps;
     return;
   }

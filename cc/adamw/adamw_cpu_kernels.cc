@@ -2,6 +2,7 @@
 // Baseline, V3 or V4.
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "flashtrain/adamw/adamw_cpu.h"
 #include "flashtrain/common/cpu_row.h"
@@ -25,6 +26,18 @@ void UpdateBlock(const AdamWCpuCoefficients& c, const float* __restrict__ grad,
   }
 }
 
+// Sets elements of the master that are not what the parameter was rounded from: see adamw.h.
+void FollowParam(const AdamWTensor& t, int64_t begin, int64_t n) {
+  const uint16_t* param = static_cast<const uint16_t*>(t.param) + begin;
+  uint16_t rounded[kBlock];
+  float* master = t.master + begin;
+  StoreFloat(master, n, rounded, t.param_dtype, 0);
+  if (std::memcmp(rounded, param, n * sizeof(uint16_t)) == 0) return;
+  for (int64_t i = 0; i < n; ++i) {
+    if (rounded[i] != param[i]) master[i] = LoadFloat1(param, t.param_dtype, i);
+  }
+}
+
 void Update(const AdamWTensor& t, const AdamWCpuCoefficients& c, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = Min(kBlock, end - i);
@@ -33,6 +46,8 @@ void Update(const AdamWTensor& t, const AdamWCpuCoefficients& c, int64_t begin, 
     float* p = t.master + i;
     if (t.master == nullptr) {
       p = const_cast<float*>(LoadFloat(t.param, t.param_dtype, i, n, param_buffer));
+    } else {
+      FollowParam(t, i, n);
     }
     UpdateBlock(c, grad, p, t.exp_avg + i, t.exp_avg_sq + i, n);
     if (t.param_dtype != DType::kFloat32) StoreFloat(p, n, t.param, t.param_dtype, i);

@@ -48,7 +48,9 @@ __device__ __forceinline__ float ReadOr(const float* ptr, float otherwise) {
 }
 
 __device__ __forceinline__ bool IsSkipped(const AdamWLaunch& launch) {
-  return !isfinite(ReadOr(launch.grad_norm, 0.0f)) || ReadOr(launch.skip, 0.0f) != 0.0f;
+  const float scale = ReadOr(launch.grad_scale, 1.0f);
+  return !isfinite(ReadOr(launch.grad_norm, 0.0f)) || !isfinite(scale) || scale == 0.0f ||
+         ReadOr(launch.skip, 0.0f) != 0.0f;
 }
 
 __device__ __forceinline__ AdamWCoefficients ComputeCoefficients(const AdamWLaunch& launch,
@@ -91,6 +93,34 @@ __device__ __forceinline__ void LoadVec4(const void* base, int64_t index, float 
   ToFloat(*reinterpret_cast<const RawVec<T, 4>*>(static_cast<const T*>(base) + index), out);
 }
 
+// Elements [index, index + 4) of the master; where the parameter is not the master rounded, of the
+// parameter: see adamw.h.
+template <typename TP>
+__device__ __forceinline__ void LoadMaster4(const AdamWRecord& t, int64_t index, float (&out)[4]) {
+  const auto param = *reinterpret_cast<const RawVec<TP, 4>*>(static_cast<const TP*>(t.param) + index);
+  LoadVec4<float>(t.master, index, out);
+  if constexpr (sizeof(TP) == 2) {
+    const RawVec<TP, 4> rounded = FromFloat<TP>(out);
+    const uint32_t low = rounded.word[0] ^ param.word[0], high = rounded.word[1] ^ param.word[1];
+    if ((low | high) == 0) return;
+    float written[4];
+    ToFloat(param, written);
+    if (low & 0xFFFFu) out[0] = written[0];
+    if (low >> 16) out[1] = written[1];
+    if (high & 0xFFFFu) out[2] = written[2];
+    if (high >> 16) out[3] = written[3];
+  }
+}
+
+// The same for one element.
+__device__ __forceinline__ float LoadMaster(const AdamWRecord& t, int64_t index) {
+  const float master = t.master[index];
+  alignas(4) uint16_t rounded[2];
+  StoreScalar(master, rounded, t.param_dtype, 0);
+  if (rounded[0] == static_cast<const uint16_t*>(t.param)[index]) return master;
+  return LoadScalar(t.param, t.param_dtype, index);
+}
+
 // Elements [begin, end) of an aligned tensor, `begin` and `end` multiples of 4.
 template <typename TP, typename TG>
 __device__ __forceinline__ void UpdateVectors(const AdamWRecord& t, const AdamWCoefficients& c,
@@ -99,7 +129,7 @@ __device__ __forceinline__ void UpdateVectors(const AdamWRecord& t, const AdamWC
     float g[4], p[4], m[4], v[4];
     LoadVec4<TG>(t.grad, i, g);
     if (t.master != nullptr) {
-      LoadVec4<float>(t.master, i, p);
+      LoadMaster4<TP>(t, i, p);
     } else {
       LoadVec4<TP>(t.param, i, p);
     }
@@ -118,7 +148,7 @@ __device__ __forceinline__ void UpdateVectors(const AdamWRecord& t, const AdamWC
 __device__ __forceinline__ void UpdateScalars(const AdamWRecord& t, const AdamWCoefficients& c,
                                               int64_t begin, int64_t end) {
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-    float p = t.master != nullptr ? t.master[i] : LoadScalar(t.param, t.param_dtype, i);
+    float p = t.master != nullptr ? LoadMaster(t, i) : LoadScalar(t.param, t.param_dtype, i);
     c.Update(LoadScalar(t.grad, t.grad_dtype, i), p, t.exp_avg[i], t.exp_avg_sq[i]);
     if (t.master != nullptr) t.master[i] = p;
     StoreScalar(p, t.param, t.param_dtype, i);

@@ -65,6 +65,49 @@ TEST(MissingGradientsLeaveTensorsAlone) {
   }
 }
 
+// Elements that somebody has written since the last step move from where they are; the others keep
+// their masters, down to the bits.
+TEST(FollowsWrittenParameters) {
+  std::vector<Spec> specs;
+  for (const DType param : {kF16, kBF16}) {
+    for (const DType grad : {kF32, kF16, kBF16}) {
+      for (const int64_t offset : {0, 1}) specs.push_back({5003, param, grad, true, 1, offset});
+    }
+  }
+  Problem problem(specs);
+  for (int step = 0; step < 4; ++step) {
+    problem.NewGradients(1.0);
+    problem.Step();
+    problem.Reference();
+    problem.Check();
+    for (auto& t : problem.tensors) {
+      t->param.Update([&](int64_t, int64_t i, double value) {
+        const bool writes = i < 2000 ? i % 3 == step % 3 : i % 1009 == 0;
+        const double written = i % 2 ? -0.375 : 2.5;
+        if (!writes || value == written) return value;
+        return t->p[i] = written;
+      });
+    }
+  }
+}
+
+TEST(NotANumberStaysWhereItIs) {
+  for (const DType param : {kF16, kBF16}) {
+    Problem problem({{1001, param, param, true}});
+    Tensor& t = *problem.tensors[0];
+    problem.NewGradients(1.0);
+    t.param.Set(0, 10, NAN);
+    t.grad.Set(0, 20, NAN);
+    for (int step = 0; step < 3; ++step) {
+      problem.Step();
+      for (int64_t i = 0; i < 1001; ++i) {
+        const bool bad = i == 10 || i == 20;
+        EXPECT(std::isnan(t.param.At(0, i)) == bad && std::isnan(t.master.At(0, i)) == bad) << i;
+      }
+    }
+  }
+}
+
 TEST(ScalesAndClips) {
   Problem problem({{1000}, {333, kBF16, kBF16, true, 1}, {70, kF16, kF16, true}});
   DeviceScalar<float> scale(1024.0f), norm(0.0f), lr(0.05f);
@@ -90,26 +133,28 @@ TEST(ScalesAndClips) {
 
 TEST(SkipsOnTheDevice) {
   Problem problem(ManySpecs());
-  DeviceScalar<float> norm(0.0f), skip(0.0f);
+  DeviceScalar<float> norm(0.0f), skip(0.0f), scale(1.0f);
   DeviceScalar<int64_t> skipped(5);
   AdamWParams scalars;
-  scalars.grad_norm = norm.data(), scalars.skip = skip.data();
+  scalars.grad_norm = norm.data(), scalars.skip = skip.data(), scalars.grad_scale = scale.data();
   scalars.skipped_steps = skipped.data();
   problem.NewGradients(1.0);
   problem.Step(scalars);
   problem.Reference();
   EXPECT(skipped.Get() == 5);
   const struct {
-    float norm, skip;
-  } bad[] = {{INFINITY, 0.0f}, {NAN, 0.0f}, {1.0f, 1.0f}, {1.0f, NAN}};
-  for (int i = 0; i < 4; ++i) {
-    norm.Set(bad[i].norm), skip.Set(bad[i].skip);
+    float norm, skip, scale;
+  } bad[] = {{INFINITY, 0.0f, 1.0f}, {NAN, 0.0f, 1.0f},   {1.0f, 1.0f, 1.0f},
+             {1.0f, NAN, 1.0f},      {1.0f, 0.0f, 0.0f}, {1.0f, 0.0f, INFINITY},
+             {1.0f, 0.0f, NAN}};
+  for (int i = 0; i < 7; ++i) {
+    norm.Set(bad[i].norm), skip.Set(bad[i].skip), scale.Set(bad[i].scale);
     for (auto& t : problem.tensors) t->grad.FillNormal(problem.random, NAN, 1.0);
     problem.Step(scalars);
     EXPECT(skipped.Get() == 6 + i);
     problem.Check();
   }
-  norm.Set(1.0f), skip.Set(0.0f);
+  norm.Set(1.0f), skip.Set(0.0f), scale.Set(1.0f);
   problem.NewGradients(1.0);
   problem.Step(scalars);
   problem.Reference();
@@ -264,6 +309,7 @@ TEST(ErrorsNameTheArgument) {
   ExpectError("groups[0].beta2 is -0.1", [](P&, T&, G& g) { g[0].beta2 = -0.1; });
   ExpectError("groups[0].lr is nan", [](P&, T&, G& g) { g[0].lr = NAN; });
   ExpectError("groups[0].eps is inf", [](P&, T&, G& g) { g[0].eps = kInf; });
+  ExpectError("groups[0].lr is 9", [](P&, T&, G& g) { g[0].lr = 1e39; });
   ExpectError("groups[0].weight_decay is -1", [](P&, T&, G& g) { g[0].weight_decay = -1; });
   ExpectError("max_norm is 0.0", [](P& p, T&, G&) { p.max_norm = 0.0; });
   ExpectError("grad_norm is null", [](P& p, T&, G&) { p.max_norm = 1.0; });

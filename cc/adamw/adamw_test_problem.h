@@ -71,10 +71,8 @@ struct Tensor {
     master.FillNormal(random, 0, 0);
     exp_avg.FillNormal(random, 0, 0);
     exp_avg_sq.FillNormal(random, 0, 0);
-    for (int64_t i = 0; i < spec.numel; ++i) {
-      p.push_back(param.At(0, i));
-      if (spec.master) master.Set(0, i, param.At(0, i));
-    }
+    for (int64_t i = 0; i < spec.numel; ++i) p.push_back(param.At(0, i));
+    if (spec.master) master.Update([this](int64_t, int64_t i, double) { return p[i]; });
     m.assign(spec.numel, 0.0);
     v.assign(spec.numel, 0.0);
   }
