@@ -11,6 +11,16 @@ __device__ __forceinline__ float WarpSum(float value) {
   return value;
 }
 
+// The sum of the results of `warps` warps, at most 32. Many are added in pairs: one after the other,
+// half of them would be rounded as the whole sum is.
+__device__ __forceinline__ float SumOfWarps(const float* values, int warps) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (warps > 4) return WarpSum(lane < warps ? values[lane] : 0.0f);
+  float sum = 0.0f;
+  for (int i = 0; i < warps; ++i) sum += values[i];
+  return sum;
+}
+
 // A CTA's warps in groups of `warps` consecutive ones. All groups must call Sum together: it
 // synchronises the CTA unless a group is one warp.
 struct WarpGroup {
@@ -40,9 +50,7 @@ struct WarpGroup {
     if (warps == 1) return value;
     if (thread % 32 == 0) shared[thread / 32] = value;
     __syncthreads();
-    float sum = 0.0f;
-    for (int i = 0; i < warps; ++i) sum += shared[i];
-    return sum;
+    return SumOfWarps(shared, warps);
   }
 
   // Two sums for one barrier.

@@ -31,8 +31,8 @@ FLASHTRAIN_HOST_DEVICE RowLabel ReadLabel(const CrossEntropyParams& p, int64_t r
   const int64_t label = LabelAt(p, row);
   const bool ignored = label == p.ignore_index;
   const bool in_range = label >= 0 && label < p.num_classes;
-  const int64_t col = label - p.first_class;
-  const bool here = in_range && !ignored && col >= 0 && col < valid_cols;
+  const int64_t col = in_range ? label - p.first_class : -1;
+  const bool here = !ignored && col >= 0 && col < valid_cols;
   return {ignored, ignored || in_range, here ? col : -1};
 }
 

@@ -16,6 +16,29 @@ constexpr int64_t kTileBytes = 128 * 1024;  // of rows that go from a pass to th
 inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Max(int64_t a, int64_t b) { return a < b ? b : a; }
 
+// A sum over a row: in fp32 over runs of columns, in fp64 over the runs, so that the error of a mean
+// far from zero does not grow with the row.
+class RowSum {
+ public:
+  template <typename F>
+  inline __attribute__((always_inline)) void Add(int64_t n, F f) {
+    run_.Add(n, f);
+    columns_ += n;
+    if (columns_ < kRun) return;
+    total_ += run_.Total();
+    run_ = LaneSum();
+    columns_ = 0;
+  }
+
+  double Total() const { return total_ + run_.Total(); }
+
+ private:
+  static constexpr int64_t kRun = 2048;
+  LaneSum run_;
+  double total_ = 0.0;
+  int64_t columns_ = 0;
+};
+
 inline void MultiplyBy(float* __restrict__ x, const float* __restrict__ factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] *= factor[i];
 }
@@ -127,7 +150,7 @@ struct Affine {
 // z of a row whose x lies at `offset` of a tensor of this dtype. `scratch`: of a row.
 void NormRow(const LayerNormForwardParams& p, const Affine& affine, int64_t row, const void* x_base,
              DType dtype, int64_t offset, float* scratch) {
-  LaneSum sum;
+  RowSum sum;
   for (int64_t col = 0; col < p.cols; col += kBlock) {
     const int64_t n = Min(kBlock, p.cols - col);
     const float* block = LoadFloat(x_base, dtype, offset + col, n, scratch + col);
@@ -135,10 +158,15 @@ void NormRow(const LayerNormForwardParams& p, const Affine& affine, int64_t row,
   }
   const float* __restrict__ x =
       dtype == DType::kFloat32 ? static_cast<const float*>(x_base) + offset : scratch;
-  const float mean = p.is_rms_norm ? 0.0f : sum.Total() / p.cols;
-  LaneSum squares;
-  squares.Add(p.cols, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
-  const float rstd = 1.0f / std::sqrt(squares.Total() / p.cols + p.epsilon);
+  const float mean = p.is_rms_norm ? 0.0f : static_cast<float>(sum.Total() / p.cols);
+  RowSum squares;
+  for (int64_t col = 0; col < p.cols; col += kBlock) {
+    const float* __restrict__ block = x + col;
+    squares.Add(Min(kBlock, p.cols - col),
+                [block, mean](int64_t i) { return (block[i] - mean) * (block[i] - mean); });
+  }
+  const auto variance = static_cast<float>(squares.Total() / p.cols);
+  const float rstd = 1.0f / std::sqrt(variance + p.epsilon);
   if (p.mean != nullptr) p.mean[row] = mean;
   if (p.rstd != nullptr) p.rstd[row] = rstd;
   for (int64_t col = 0; col < p.cols; col += kBlock) {
@@ -231,7 +259,7 @@ BackwardMeans BackwardSums(const LayerNormBackwardParams& p, const float* weight
                            const WeightGradients& grads) {
   const float mean = p.is_rms_norm ? 0.0f : p.mean[row];
   const float rstd = p.rstd[row];
-  LaneSum xhat_wdz_sum, wdz_sum;
+  RowSum xhat_wdz_sum, wdz_sum;
   for (int64_t col = 0; col < p.cols; col += kBlock) {
     const int64_t n = Min(kBlock, p.cols - col);
     const BackwardBlock block(p, weight, row, col, n);
@@ -262,7 +290,8 @@ BackwardMeans BackwardSums(const LayerNormBackwardParams& p, const float* weight
     xhat_wdz_sum.Add(n, [&xhat_wdz](int64_t i) { return xhat_wdz[i]; });
     if (!p.is_rms_norm) wdz_sum.Add(n, [&wdz](int64_t i) { return wdz[i]; });
   }
-  return {xhat_wdz_sum.Total() / p.cols, wdz_sum.Total() / p.cols};
+  return {static_cast<float>(xhat_wdz_sum.Total() / p.cols),
+          static_cast<float>(wdz_sum.Total() / p.cols)};
 }
 
 // A block of the gradient of x, dx added where it is not null.

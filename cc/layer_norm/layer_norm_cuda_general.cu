@@ -40,7 +40,8 @@ __device__ float ElementX(const LayerNormForwardParams& p,
 
 __global__ void __launch_bounds__(kThreads)
     layer_norm_forward_general_kernel(const __grid_constant__ LayerNormForwardParams p) {
-  __shared__ float shared[2][kWarps];
+  __shared__ float shared[kWarps];
+  __shared__ float2 shared2[kWarps];
   const WarpGroup group(kWarps);
   const DeviceScales<LayerNormForwardParams> scales(p);
   const float cols = static_cast<float>(p.cols);
@@ -54,14 +55,24 @@ __global__ void __launch_bounds__(kThreads)
       if (p.x != nullptr) StoreScalar(x, p.x, p.x_dtype, row * p.x_row_stride + col);
       if (p.dropout_mask != nullptr) p.dropout_mask[row * p.cols + col] = kept;
     }
-    sum = group.Sum(sum, shared[0]);
-    const float mean = p.is_rms_norm ? 0.0f : sum / cols;
-    float squares = 0.0f;
+    sum = group.Sum(sum, shared);
+    float mean = p.is_rms_norm ? 0.0f : sum / cols;
+    float2 centered_sums = make_float2(0.0f, 0.0f);
     for (int64_t col = group.thread; col < p.cols; col += kThreads) {
       const float centered = ElementX(p, scales, rowscale, row, col, &kept) - mean;
-      squares += centered * centered;
+      centered_sums.x += centered;
+      centered_sums.y += centered * centered;
     }
-    const float rstd = rsqrtf(group.Sum(squares, shared[1]) / cols + p.epsilon);
+    centered_sums = group.Sum2(centered_sums, shared2);
+    float variance = centered_sums.y / cols;
+    if (!p.is_rms_norm) {
+      // What rounding has left in a long row's mean (Chan, Golub and LeVeque 1983, equation 1.7).
+      const float left = centered_sums.x / cols;
+      mean += left;
+      variance -= left * left;
+      if (variance < 0.0f) variance = 0.0f;  // not NaN
+    }
+    const float rstd = rsqrtf(variance + p.epsilon);
     if (group.thread == 0) {
       if (p.mean != nullptr) p.mean[row] = mean;
       if (p.rstd != nullptr) p.rstd[row] = rstd;

@@ -151,7 +151,12 @@ __global__ void __launch_bounds__(ForwardTile<kVecs, Elements<T0, TX>::kVec, kLe
   const float sum = active ? ForwardSum<kLean, T0, TX>(p, scales, group, row, x) : 0.0f;
   const float inverse_cols = 1.0f / static_cast<float>(p.cols);
   float mean = 0.0f;
-  if (!p.is_rms_norm) mean = group.Sum(sum, shared[0] + first_warp) * inverse_cols;
+  if (!p.is_rms_norm) {
+    const float total = group.Sum(sum, shared[0] + first_warp);
+    mean = total * inverse_cols;
+    // The rounding of the inverse and of the product would be half of a large mean's error.
+    mean = fmaf(fmaf(-mean, static_cast<float>(p.cols), total), inverse_cols, mean);
+  }
   float squares = 0.0f;
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
