@@ -114,7 +114,7 @@ def _backward_kernel(dlosses, logits, labels, lse, *options):
 
 
 def _backward_in_place_kernel(dlosses, logits, labels, lse, *options):
-    rows = as_rows(logits)
+    rows = as_rows(logits.resolve_neg())
     _run_backward(dlosses, rows, labels, lse, Options(*options), rows)
     if rows is not logits:
         logits.copy_(rows)
@@ -151,7 +151,7 @@ def _forward_backward_in_place_kernel(logits, labels, dlosses, *options):
     if labels.is_cuda:
         check_labels(labels, options.ignore_index, options.num_classes)
     losses, _, z_losses = loss_outputs(logits)
-    rows = as_rows(logits)
+    rows = as_rows(logits.resolve_neg())
     run_forward_backward(rows, labels, dlosses, options, losses, z_losses)
     if rows is not logits:
         logits.copy_(rows)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops import _layer_norm_ops as ops
-from flashtrain.ops._arguments import FLOAT_DTYPE_NAMES, FLOAT_DTYPES, check_float
+from flashtrain.ops._arguments import FLOAT_DTYPE_NAMES, FLOAT_DTYPES, check_float, dtype_names
 
 
 class NormOptions(NamedTuple):
@@ -72,7 +72,8 @@ class Checks:
             )
         if tensor.dtype != x0.dtype and tensor.dtype != torch.float32:
             raise ValueError(
-                f"{name}: got dtype {tensor.dtype}; supported: torch.float32 or {x0.dtype}"
+                f"{name}: got dtype {tensor.dtype}; supported: "
+                f"{dtype_names(torch.float32, x0.dtype)}"
             )
 
     def columns(self, suffix: str, weight: Tensor, **vectors: Tensor | None) -> None:
@@ -149,8 +150,9 @@ def dropout_add_norm(
     rng_state = None
     if use_dropout:
         # {seed, offset} on the op's device, from torch's own generator of it: manual_seed, CUDA
-        # graphs, torch.compile and checkpointing treat it as any random number.
-        rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=x0.device)
+        # graphs, torch.compile and checkpointing treat it as any random number. A fake one for a
+        # fake x0.
+        rng_state = torch.randint_like(x0.new_empty(2, dtype=torch.int64), 2**62)
     epsilon, is_rms_norm, zero_centered_weight, z_dtype = options[:4]
     return ops.dropout_add_norm(
         x0,

@@ -43,6 +43,17 @@ def put_rows(values: Tensor, numbers: Tensor, rows: int) -> Tensor:
     return buffer.index_copy_(0, numbers, values)[1:]
 
 
+def can_be_read(numbers: Tensor) -> bool:
+    """Without waiting for a device; fake and mapped tensors hold nothing to read."""
+    return (
+        numbers.is_cpu
+        and type(numbers) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def check_subset(
     checks: calls.Checks, name: str, subset: Tensor, count: int | None, limit: int
 ) -> Tensor:
@@ -58,7 +69,7 @@ def check_subset(
         raise ValueError(
             f"{name}: got {numbers.numel()} elements; supported: {count}, one for each row of x"
         )
-    if numbers.is_cpu and not torch.compiler.is_compiling() and numbers.numel() > 0:
+    if can_be_read(numbers) and numbers.numel() > 0:
         low, high = numbers.aminmax()
         if low < 0 or high > limit:
             raise ValueError(
@@ -68,8 +79,8 @@ def check_subset(
             raise ValueError(
                 f"{name}: got {int(times.argmax()) + 1} more than once; supported: each row once"
             )
-    # On CUDA, where looking would wait for the device, a number out of range counts as 0.
-    return numbers.where((numbers > 0) & (numbers <= limit), 0)
+    # Where that cannot be looked at, a number out of range counts as 0.
+    return numbers.masked_fill((numbers < 0) | (numbers > limit), 0)
 
 
 def rows_with_z(checks: calls.Checks, x: Tensor, out_subset: Tensor, out_numrows: int) -> Tensor:
@@ -79,13 +90,13 @@ def rows_with_z(checks: calls.Checks, x: Tensor, out_subset: Tensor, out_numrows
             f"out_numrows: got {out_numrows}; supported: 0 to {x.shape[0]}, the rows of x"
         )
     numbers = check_subset(checks, "out_subset", out_subset, x.shape[0], out_numrows)
-    if numbers.is_cpu and not torch.compiler.is_compiling():
+    if can_be_read(numbers):
         count = int(numbers.count_nonzero())
         if count != out_numrows:
             raise ValueError(
                 f"out_numrows: got {out_numrows}; supported: {count}, as out_subset numbers"
             )
-    places = torch.arange(1, x.shape[0] + 1, device=x.device)
+    places = torch.ones_like(numbers).cumsum(0)  # 1 to R; fake for a fake x
     return TakeRows.apply(x, put_rows(places, numbers, out_numrows))
 
 

@@ -10,8 +10,6 @@ skip a step are read where the kernel runs. docs/adamw.md tells the formula, num
 from __future__ import annotations
 
 import math
-import numbers
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,35 +17,21 @@ import torch
 from torch import Tensor
 
 from flashtrain import _kernels
-from flashtrain.ops._arguments import FLOAT_DTYPE_NAMES, FLOAT_DTYPES, checked
-from flashtrain.ops._library import launch_context, to_kernel
+from flashtrain.ops._adamw_checks import (
+    check_element,
+    check_parameter,
+    check_scale,
+    check_tensor,
+    check_values,
+)
+from flashtrain.ops._arguments import checked
+from flashtrain.ops._library import launch_context, real_tensors, to_kernel
 
 _LOW_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def _to_kernel(tensors: list[Any]) -> list[Any]:
     return [None if t is None else to_kernel(t) for t in tensors]
-
-
-def _check_tensor(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}; supported: a tensor")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name}: got dtype {tensor.dtype}; supported: {FLOAT_DTYPE_NAMES}")
-    if not (tensor.is_cuda or tensor.is_cpu) or tensor.layout is not torch.strided:
-        raise ValueError(
-            f"{name}: got a {tensor.layout} tensor on {tensor.device}; supported: dense, on cpu or "
-            "cuda"
-        )
-
-
-def _check_element(name: str, value: Tensor) -> None:
-    dense = value.layout is torch.strided and not value.is_meta
-    if value.numel() != 1 or not dense or value.is_complex():
-        raise ValueError(
-            f"{name}: got shape {list(value.shape)} on {value.device}, {value.dtype}, "
-            f"{value.layout}; supported: one real number, dense, on cpu or cuda"
-        )
 
 
 # --- Norm -----------------------------------------------------------------------------------------
@@ -68,13 +52,13 @@ def global_grad_norm(grads: Iterable[Tensor | None]) -> Tensor:
     for grad in grads:
         if grad is None:
             continue
-        _check_tensor(f"grads[{len(dense)}]", grad)
+        check_tensor(f"grads[{len(dense)}]", grad)
         if dense and grad.device != dense[0].device:
             raise ValueError(
                 f"grads[{len(dense)}]: is on {grad.device}; supported: all on one device, here "
                 f"{dense[0].device}"
             )
-        dense.append(grad if grad.is_contiguous() else grad.contiguous())
+        dense.append(grad.contiguous().resolve_neg())
     if not dense:
         return torch.zeros(())
     first = dense[0]
@@ -97,10 +81,14 @@ class FusedAdamW(torch.optim.Optimizer):
     Args:
       params: parameters or groups, float32, float16 or bfloat16, dense, all on one device.
         Gradients may have any of these dtypes.
+        Groups may be empty.
       lr: a float, or a float32 tensor [] on the parameters' device, read there at each step.
-      betas, eps, weight_decay: as in torch.optim.AdamW; each group may have its own.
+      betas, eps, weight_decay: as in torch.optim.AdamW; each group may have its own. They must be
+        finite, in `param_groups` too; only an lr on a GPU is not looked at.
       master_weights: low-precision parameters have a float32 copy in the state, "master", which is
         updated and rounded to the parameter. Else every step rounds, and small updates are lost.
+        Elements of a parameter that were written since the last step (loaded, clamped) move from
+        where they are: their masters are not the parameter any more and start there again.
 
     State by parameter, as in torch.optim.AdamW: step (float32 [], on the parameter's device),
     exp_avg and exp_avg_sq, always float32, and master. `state_dict` and `load_state_dict` exchange
@@ -133,52 +121,38 @@ class FusedAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check_group(group, self.param_groups[0]["params"])
+            self._check_group(group)
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: dict[str, Any], first_params: list[Tensor]) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
         number = len(self.param_groups) - 1
         for i, p in enumerate(group["params"]):
-            _check_tensor(f"params of group {number}, number {i}", p)
-            if p.device != first_params[0].device:
+            check_parameter(f"params of group {number}, number {i}", p)
+            if p.device != self._device:
                 raise ValueError(
                     f"params of group {number}, number {i}: is on {p.device}; supported: all "
-                    f"parameters on one device, here {first_params[0].device}"
+                    f"parameters on one device, here {self._device}"
                 )
-        betas, lr, largest = group["betas"], group["lr"], sys.float_info.max
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise TypeError(f"betas: got {betas!r:.80}; supported: two numbers")
-        if isinstance(lr, Tensor):
-            _check_element("lr", lr)
-            lr = 0.0
-        values: tuple[tuple[str, Any, float], ...] = (
-            ("betas[0]", betas[0], 1.0),
-            ("betas[1]", betas[1], 1.0),
-            ("eps", group["eps"], largest),
-            ("weight_decay", group["weight_decay"], largest),
-            ("lr", lr, largest),
-        )
-        for name, value, end in values:
-            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not is_number:
-                raise TypeError(f"{name}: got {type(value).__name__}; supported: a number")
-            if not 0.0 <= value < end:
-                raise ValueError(
-                    f"{name}: got {value}; supported: at least 0 and less than {end:g}"
-                )
+        check_values(group)
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped on the device, int64 [], since this object was made."""
-        if self._skipped_steps is None:
-            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=self._device)
-        return self._skipped_steps
+        steps, device = self._skipped_steps, self._device
+        if steps is None or steps.device != device:
+            with real_tensors():
+                steps = torch.zeros((), dtype=torch.int64) if steps is None else steps
+                self._skipped_steps = steps = steps.to(device)
+        return steps
 
     @property
     def _device(self) -> torch.device:
-        return self.param_groups[0]["params"][0].device
+        """Of all parameters; groups may be empty."""
+        params = (p for group in self.param_groups for p in group["params"])
+        first = next(params, None)
+        return torch.device("cpu") if first is None else first.device
 
     @torch.no_grad()
     @checked
@@ -196,7 +170,7 @@ class FusedAdamW(torch.optim.Optimizer):
         Args:
           closure: computes the loss anew, with gradients; its result is returned.
           grad_scale: gradients are divided by it: a number, or a tensor of one element on the
-            parameters' device.
+            parameters' device, where 0, inf and NaN skip the step.
           grad_norm: `global_grad_norm` of the gradients as they are, scaled. Where it is inf or
             NaN the step is skipped: parameters and state, step counts too, stay as they are.
           max_norm: gradients, unscaled, are clipped to this norm, as by
@@ -214,6 +188,8 @@ class FusedAdamW(torch.optim.Optimizer):
             raise ValueError(
                 "max_norm: got no grad_norm with it; supported: grad_norm=global_grad_norm(grads)"
             )
+        for group in self.param_groups:
+            check_values(group)
         lists, group_indices = self._collect()
         if not lists["params"]:
             return loss
@@ -251,23 +227,43 @@ class FusedAdamW(torch.optim.Optimizer):
         if value is None:
             return None
         if not isinstance(value, Tensor):
+            check_scale(value)
             return torch.full((), value, dtype=torch.float32, device=self._device)
-        _check_element(name, value)
+        check_element(name, value)
         if value.device != self._device:
             raise ValueError(f"{name}: is on {value.device}; supported: on {self._device}")
-        return value.detach().float()
+        return value.detach().float().resolve_neg()
 
     # --- What a step passes to the kernel ---
 
     def _init_state(self, p: Tensor) -> dict[str, Any]:
         """State in the parameter's strides, so that all of them are walked alike."""
-        state = self.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-        state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-        if self.master_weights and p.dtype in _LOW_DTYPES:
-            state["master"] = p.detach().float()
+        with real_tensors():
+            state = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p, dtype=torch.float32, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32, requires_grad=False),
+            }
+            if self._has_master(p):
+                state["master"] = p.detach().float()
+        self.state[p] = state
         return state
+
+    def _has_master(self, p: Tensor) -> bool:
+        return self.master_weights and p.dtype in _LOW_DTYPES
+
+    def _fit_state(self, p: Tensor, state: dict[str, Any]) -> None:
+        """Fits state to the parameter's dtype and strides, which `p.data = ...` may change."""
+        with real_tensors():
+            if not self._has_master(p):
+                state.pop("master", None)
+            elif "master" not in state:
+                state["master"] = p.detach().float()
+            strides = torch.empty_like(p, device="meta").stride()
+            for key in {"exp_avg", "exp_avg_sq", "master"} & state.keys():
+                value = state[key]
+                if value.stride() != strides and value.shape == p.shape:
+                    state[key] = torch.empty_like(p, dtype=torch.float32).copy_(value)
 
     def _collect(self) -> tuple[dict[str, list[Any]], list[int]]:
         """The parameters that have state, their gradients (or None) and state; their groups."""
@@ -280,13 +276,18 @@ class FusedAdamW(torch.optim.Optimizer):
                     if grad is None:
                         continue
                     state = self._init_state(p)
+                elif (
+                    state["exp_avg"].stride() != p.stride()
+                    or ("master" in state) != self._has_master(p)
+                ):
+                    self._fit_state(p, state)
                 if grad is not None:
                     if grad.is_sparse:
                         raise ValueError(
                             f"grad of a parameter {list(p.shape)}: is sparse; supported: "
                             "dense gradients"
                         )
-                    if grad.stride() != p.stride():
+                    if grad.stride() != p.stride() or grad.is_neg():
                         grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
                 params.append(p)
                 grads.append(grad)
@@ -328,8 +329,9 @@ class FusedAdamW(torch.optim.Optimizer):
             return {"table": to_kernel(table), "table_on_host": None}
         table = self._table
         if table is None or table.numel() != size or table.device != self._device:
-            table = torch.empty(size, dtype=torch.uint8, device=self._device)
-            self._table, self._table_on_host = table, torch.zeros(size, dtype=torch.uint8)
+            with real_tensors():
+                table = torch.empty(size, dtype=torch.uint8, device=self._device)
+                self._table, self._table_on_host = table, torch.zeros(size, dtype=torch.uint8)
         return {"table": to_kernel(table), "table_on_host": to_kernel(self._table_on_host)}
 
     # --- State ---
@@ -352,7 +354,7 @@ class FusedAdamW(torch.optim.Optimizer):
         for number, (p, entries) in enumerate(zip(params, saved)):
             for key in {"exp_avg", "exp_avg_sq", "master"} & entries.keys():
                 name, value = f"state of parameter {number}, {key}", entries[key]
-                _check_tensor(name, value)
+                check_tensor(name, value)
                 if value.shape != p.shape:
                     raise ValueError(
                         f"{name}: got shape {list(value.shape)}; supported: the parameter's, "

@@ -76,7 +76,10 @@ def fused_adamw_step(
     state = {"step": torch.tensor(_STEP - 1.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
-    optimizer.step(grad_scale=grad_scale, grad_norm=grad_norm, max_norm=max_norm, skip=skip)
+    try:
+        optimizer.step(grad_scale=grad_scale, grad_norm=grad_norm, max_norm=max_norm, skip=skip)
+    except ValueError as error:  # the extension's name for one of params
+        raise ValueError(str(error).replace("param:", "params:")) from error
     state = optimizer.state[params]
     return [params.detach(), state["exp_avg"], state["exp_avg_sq"]]
 
@@ -100,8 +103,11 @@ def _step(a: dict[str, Any], results: list[Any]) -> list[Expected | None]:
     scale = _number(a["grad_scale"], 1.0)
     norm = _number(a["grad_norm"], 0.0)
     skipped = not math.isfinite(norm) or _number(a["skip"], 0.0) != 0.0
+    if isinstance(a["grad_scale"], Tensor):
+        skipped = skipped or not math.isfinite(scale) or scale == 0.0
+    assert math.isfinite(_number(a["lr"], 0.0))
     assert a["max_norm"] is None or a["grad_norm"] is not None
-    # Python would raise where the device divides by 0.
+    scale = 1.0 if skipped else scale
     unscaled = torch.tensor(norm, dtype=torch.float64) / scale
     clip = (_number(a["max_norm"], math.inf) / (unscaled + 1e-6)).clamp(max=1.0).to(DEVICE)
     if a["grad"] is not None:
@@ -132,7 +138,7 @@ def _draw_step(rng: random.Random) -> Call:
         "betas": rng.choice(((0.9, 0.999), (0.0, 0.95), (0.5, 0.0))),
         "eps": rng.choice((1e-8, 1e-3, 0.5)),
         "weight_decay": rng.choice((0.0, 0.01, 0.3)),
-        "grad_scale": rng.choice((None, 1.0, 3, on_device(128.0))),
+        "grad_scale": rng.choice((None, 1.0, 3, on_device(128.0), on_device(0.0))),
         "grad_norm": None if norm is None else on_device(norm),
         "max_norm": None if norm is None else rng.choice((None, 0.5, 1.0, math.inf)),
         "skip": rng.choice((None, None, on_device(0.0), on_device(True), on_device([2]))),

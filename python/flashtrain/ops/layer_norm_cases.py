@@ -31,6 +31,7 @@ class Case:
     residual_in_fp32: bool = False
     rms: bool = False
     epsilon: float = 1e-5
+    mean: float = 0.5  # of x0's elements, whose standard deviation is 1
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Leaves that require grad, but for rowscale; None ones are left out."""
@@ -41,7 +42,7 @@ class Case:
             values = torch.randn(shape, device=DEVICE) * scale + shift
             return values.to(dtype).requires_grad_()
 
-        inputs = {"x0": randn(self.shape, self.dtype, shift=0.5)}
+        inputs = {"x0": randn(self.shape, self.dtype, shift=self.mean)}
         if self.residual is not None:
             inputs["residual"] = randn(self.shape, self.residual)
         inputs["weight"] = randn(cols, self.weight, scale=0.3, shift=1.0)

@@ -49,6 +49,16 @@ def test_huge_hidden_sizes(cols: int, dtype: torch.dtype, rms: bool) -> None:
     check(Case(shape=(5, cols), dtype=dtype, residual=dtype, rms=rms))
 
 
+@pytest.mark.parametrize("mean", [0.0, 10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("cols", [768, 4096, 12_288, 20_000, 65_536])
+def test_rows_far_from_zero(cols: int, mean: float) -> None:
+    """Activations whose mean is many standard deviations, of hidden sizes beyond the 8k of
+    Dao-AILab/flash-attention#120 and #751: the error of a sum must not grow with the row."""
+    for dtype, residual in ((FP32, None), (FP32, FP32), (BF16, FP32), (FP16, None)):
+        check(Case((24, cols), dtype, residual, mean=mean))
+    check(Case((24, cols), FP32, None, bias=False, rms=True, mean=mean))
+
+
 _DTYPES = [
     (dtype, residual, weight)
     for dtype in (FP32, FP16, BF16)

@@ -1,7 +1,8 @@
-"""AdamW in plain torch, in any dtype: one parameter, one step."""
+"""AdamW in plain torch, in any dtype: one parameter, one step; and its master copy."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -29,3 +30,10 @@ def adamw_step(
     corrected_sq = exp_avg_sq / (1 - beta2**step)
     param = param - lr * weight_decay * param
     return param - lr * corrected_avg / (corrected_sq.sqrt() + eps), exp_avg, exp_avg_sq
+
+
+def current_master(param: Tensor, master: Tensor) -> Tensor:
+    """The float32 master that a step starts from: where the parameter is not the master rounded,
+    bit for bit, it was written since, and is what counts."""
+    same = master.to(param.dtype).view(torch.int16) == param.view(torch.int16)
+    return torch.where(same, master, param.float())
