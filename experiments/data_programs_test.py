@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,28 @@ def test_a_mistake_is_one_line(folder, program, arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_of_its_processes_is_one_line(folder, number):
+    """As terminals and clusters send them."""
+    words = " ".join(f"word{i % 997} and" for i in range(200_000))
+    (folder / "long.jsonl").write_text(
+        "".join(json.dumps({"text": words}) + "\n" for _ in range(12))
+    )
+    out = f"stopped{int(number)}"
+    command = [str(_PROGRAMS / "prepare_data"), "--dataset=jsonl:long.jsonl:text", f"--out={out}"]
+    env = dict(os.environ, BUILD_WORKING_DIRECTORY=str(folder))
+    run = subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (folder / f".{out}.partial" / "chunks").exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    os.killpg(run.pid, number)
+    _, errors = run.communicate(timeout=300)  # until the last of its processes has ended
+    assert run.returncode == 128 + number, errors
+    assert errors.splitlines()[1:] == ["interrupted; what is done is kept, run it again to go on"]
 
 
 def test_help(folder):

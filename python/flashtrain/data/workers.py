@@ -8,6 +8,7 @@ chunk's text waits in a short queue: memory does not grow with the corpus.
 import contextlib
 import dataclasses
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import queue
@@ -15,6 +16,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -76,12 +78,18 @@ def context() -> Any:
         os.getcwd()  # which new processes enter
     except FileNotFoundError:
         raise DataError("the folder you are in has been deleted; change to another") from None
-    try:
-        _shorten_socket_paths()
-    except OSError as error:
-        raise cannot_start(error) from error
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload([__name__])
+    # The helpers ignore all that a terminal or a job sends but this; they inherit the mask.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        _shorten_socket_paths()
+        resource_tracker.ensure_running()
+        multiprocessing.forkserver.ensure_running()
+    except OSError as error:
+        raise cannot_start(error) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return forkserver
 
 
