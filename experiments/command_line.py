@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from flashtrain import files
+from flashtrain.data.paths import user_path
 from flashtrain.errors import UserError, did_you_mean
 from flashtrain.errors.ranges import shown
 
@@ -156,9 +157,9 @@ def _find(recipe: str) -> tuple[Path, str | None]:
     parts = recipe.split(":")  # a path may hold colons too
     for count in range(len(parts), 0, -1):
         name, argument = ":".join(parts[:count]), ":".join(parts[count:])
-        for folder in (Path.cwd(), _EXPERIMENTS, _EXPERIMENTS / "configs"):
+        for place in (user_path, _EXPERIMENTS.joinpath, (_EXPERIMENTS / "configs").joinpath):
             for suffix in ("", ".py"):
-                path = folder / _expanded(name + suffix)
+                path = place(name + suffix)
                 if path.suffix == ".py" and _is_there(path):
                     return path, argument if count < len(parts) else None
     known = {f"configs/{path.name}": path for path in recipes()}
@@ -170,13 +171,6 @@ def _find(recipe: str) -> tuple[Path, str | None]:
     raise UserError(f"there is no config file {parts[0]!r}; {suggestion}")
 
 
-def _expanded(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:  # no such user, or HOME is not set
-        raise UserError(f"the path {name!r} cannot be found: {error}") from error
-
-
 def _is_there(path: Path) -> bool:
     """Whether there is a file. Raises UserError where it is a pipe or a device, or unreachable."""
     try:
@@ -185,7 +179,7 @@ def _is_there(path: Path) -> bool:
         return False
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {files.cause(error)}") from error
-    except ValueError as error:  # no file, or a null byte in the name
+    except ValueError as error:
         raise UserError(f"config file {path} cannot be read: {error}") from error
     return True
 
@@ -229,7 +223,7 @@ def _errors_of(path: Path) -> Iterator[None]:
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         place = f", line {lines[-1]}" if lines else ""
         raise UserError(
-            f"config file {path}{place} failed: {type(error).__name__}: {str(error):.300}"
+            f"config file {path}{place} failed: {type(error).__name__}: {error!s:.300}"
         ) from error
 
 

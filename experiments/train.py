@@ -24,8 +24,8 @@ from absl import flags
 from experiments import command_line
 from flashtrain.data.paths import user_path
 from flashtrain.train import launcher
-from flashtrain.train.console import answer
 from flashtrain.train.config import OptimConfig, RunConfig, TrainerConfig
+from flashtrain.train.console import answer
 from flashtrain.train.run_folder import default_workdir, newest_workdir
 
 _DEFAULT_CONFIG = "configs/quickstart.py"

@@ -80,7 +80,7 @@ def test_contradictions_are_named(variables, message, monkeypatch) -> None:
 @pytest.mark.parametrize("value", ["0", "abc", "-2", "4,x", "100000", "1.5"])
 def test_wrong_thread_counts(value, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    with pytest.raises(UserError, match="OMP_NUM_THREADS=.* must be a number of threads"):
+    with pytest.raises(UserError, match=r"OMP_NUM_THREADS=.* must be a number of threads"):
         environment.check_threads()
 
 
@@ -93,7 +93,7 @@ def test_right_thread_counts(value, left, monkeypatch) -> None:
 
 def test_a_user_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="BUILD_WORKING_DIRECTORY=.*gone cannot be entered"):
+    with pytest.raises(UserError, match=r"BUILD_WORKING_DIRECTORY=.*gone cannot be entered"):
         environment.enter_user_folder()
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", "")
     monkeypatch.chdir(tmp_path)

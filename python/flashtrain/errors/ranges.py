@@ -19,7 +19,9 @@ class Range(NamedTuple):
 
     def problem(self, value: float) -> str | None:
         """What a value that is not in the range must do, to be put behind "must"."""
-        if self.least <= value and (value < self.most or (value == self.most and not self.half_open)):
+        if self.least <= value and (
+            value < self.most or (value == self.most and not self.half_open)
+        ):
             return None
         if self.half_open:
             return f"lie in [{self.least}, {self.most})"
@@ -42,9 +44,8 @@ def problem(value: Any, kind: type, allowed: Range | None = None) -> str | None:
     """
     if not isinstance(value, _TYPES[kind]) or (kind is not bool and isinstance(value, bool)):
         return f"be {kind.__name__}"
-    if kind in _BY_TYPE:
-        return (allowed or _BY_TYPE[kind]).problem(value)
-    return None
+    number: Any = value  # mypy: of text it is not asked
+    return (allowed or _BY_TYPE[kind]).problem(number) if kind in _BY_TYPE else None
 
 
 def shown(value: Any) -> str:

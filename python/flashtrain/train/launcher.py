@@ -148,7 +148,8 @@ def run_main(main: Callable[[], int | None]) -> int:
         _write_error_file(text, code)
     elif text:
         with contextlib.suppress(OSError):  # nowhere to say it
-            say(f"[rank {os.environ['RANK']}] {text}" if worker else text)
+            one_of_many = worker and os.environ["WORLD_SIZE"] != "1"
+            say(f"[rank {os.environ['RANK']}] {text}" if one_of_many else text)
     if worker:
         # Without the teardown of a process group whose other members may be gone: its threads have
         # been seen to abort the process with a message of their own.

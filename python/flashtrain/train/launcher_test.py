@@ -134,7 +134,7 @@ def test_a_full_disk_is_an_error() -> None:
         ("(_ for _ in ()).throw(BlockingIOError(11, 'x'))", 2, "error: x"),
         ("(_ for _ in ()).throw(OSError('AF_UNIX path too long'))", 2, "error: AF_UNIX path"),
         ("bytearray(2**62)", 2, "error: the machine is out of memory"),
-        ("(_ for _ in ()).throw(RuntimeError(\"can't start new thread\"))", 2, "error: the system"),
+        ('(_ for _ in ()).throw(RuntimeError("can\'t start new thread"))', 2, "error: the system"),
         ("sys.exit(5)", 5, ""),
         ("sys.exit()", 0, ""),
     ],
