@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,9 @@ class _Reference:
 
     def one(self, a: dict, q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None) -> Tensor:
         options = ("softmax_scale", "causal", "window_size", "softcap")
+        given = {n: a[n] for n in options} | {"window_size": tuple(a["window_size"])}
         out, _ = reference_attention(
-            q, k, v, **{n: a[n] for n in options}, alibi_slopes=alibi, compute_dtype=torch.float64
+            q, k, v, **given, alibi_slopes=alibi, compute_dtype=torch.float64
         )
         return out
 
@@ -60,10 +62,13 @@ def _unpacked(a: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _options(rng: random.Random, heads: int) -> dict[str, Any]:
     alibi = torch.rand(heads, device=DEVICE) if rng.random() < 0.3 else None
-    window = (rng.choice((-1, -1, 0, 2)), rng.choice((-1, -1, 0, 3)))
+    window = tuple(rng.choice((-1, -1, 0, 2, 3, -9, 2**31 - 1, 2**62)) for _ in range(2))
+    causal = rng.random() < 0.5
     return {
-        "dropout_p": rng.choice((0.0, 0.0, 0.0, 0.2)), "softmax_scale": rng.choice((None, 0.3)),
-        "causal": rng.random() < 0.5, "window_size": window,
+        "dropout_p": rng.choice((0.0, 0.0, 0, 0.2)),
+        "softmax_scale": rng.choice((None, 0.3, 0.0, 1, np.float32(0.25), torch.tensor(0.5))),
+        "causal": rng.choice((causal, int(causal), np.bool_(causal))),
+        "window_size": rng.choice((window, list(window))),
         "softcap": rng.choice((0.0, 0.0, 5.0)), "alibi_slopes": alibi,
         "deterministic": rng.random() < 0.2,
     }  # fmt: skip
@@ -75,7 +80,10 @@ def _varlen(rng: random.Random, arguments: dict[str, Any], draw_tensor: Any) -> 
         lengths = [rng.randrange(5) for _ in range(batch)]
         bounds = [sum(lengths[:i]) for i in range(batch + 1)]
         arguments[f"cu_seqlens_{side}"] = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-        arguments[f"max_seqlen_{side}"] = max(lengths, default=0)
+        longest = max(lengths, default=0)
+        arguments[f"max_seqlen_{side}"] = rng.choice(
+            (longest, longest, longest + 1, 2**31 - 1, 2**62, np.int64(longest))
+        )
         for name in ("q",) if side == "q" else ("k", "v"):
             arguments[name] = draw_tensor((bounds[-1],), name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,12 @@ class _Reference:
         return expected
 
 
+def _flag(rng: random.Random, probability: float) -> Any:
+    """A truth value, of one of the types that callers pass."""
+    value = rng.random() < probability
+    return rng.choice((value, value, int(value), np.bool_(value)))
+
+
 def draw(rng: random.Random) -> Call:
     dtype = rng.choice(FLOATS)
     rows = [rng.choice((0, 1, 2, 5)) for _ in range(rng.choice((0, 1, 1, 2)))]
@@ -46,7 +53,7 @@ def draw(rng: random.Random) -> Call:
         return draw_tensor(size) if rng.random() < 0.6 else None
 
     arguments: dict[str, Any] = {
-        "x": draw_tensor(*rows, sizes[0]), "return_residual": rng.random() < 0.4,
+        "x": draw_tensor(*rows, sizes[0]), "return_residual": _flag(rng, 0.4),
     }  # fmt: skip
     if rng.random() < 0.4:
         arguments |= {"weight": draw_tensor(sizes[1], sizes[0], scale=0.3), "bias": bias(sizes[1])}
@@ -55,7 +62,7 @@ def draw(rng: random.Random) -> Call:
         "weight1": draw_tensor(sizes[1], sizes[0], scale=0.3), "bias1": bias(sizes[1]),
         "weight2": draw_tensor(sizes[2], sizes[1], scale=0.3), "bias2": bias(sizes[2]),
         "activation": rng.choice(("gelu_approx", "sqrelu")),
-        "save_pre_act": rng.random() < 0.7, "checkpoint_lvl": rng.randrange(3),
-        "heuristic": rng.choice((0, -1, "auto")),
+        "save_pre_act": _flag(rng, 0.7), "checkpoint_lvl": np.int64(rng.randrange(3)),
+        "heuristic": rng.choice((0, -1, "auto", np.int32(1), torch.tensor(2))),
     }  # fmt: skip
     return spoiled(rng, Call(fused_dense.fused_mlp_func, arguments, _Reference(dtype)))
