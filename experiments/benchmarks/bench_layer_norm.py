@@ -44,7 +44,8 @@ def implementations(peers: tuple[str, ...]) -> dict[str, Norm]:
     if "liger" in peers:
         try:
             from liger_kernel.transformers.functional import liger_layer_norm
-        except ImportError:
+        except Exception as error:  # whatever the import of a broken package raises
+            print(f"liger is left out ({type(error).__name__}: {error})")
             return found
 
         def liger(x0, residual, weight, bias):

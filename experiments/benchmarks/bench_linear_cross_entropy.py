@@ -43,7 +43,8 @@ def implementations(peers: tuple[str, ...]) -> dict[str, Loss]:
     if "liger" in peers:
         try:
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-        except ImportError:
+        except Exception as error:  # whatever the import of a broken package raises
+            print(f"liger is left out ({type(error).__name__}: {error})")
             return found
         found["liger"] = liger_fused_linear_cross_entropy
 

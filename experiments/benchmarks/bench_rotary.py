@@ -60,7 +60,8 @@ def implementations(peers: tuple[str, ...], in_place: bool) -> dict[str, Rotary]
 def liger_function() -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     try:
         from liger_kernel.ops.rope import LigerRopeFunction
-    except ImportError:
+    except Exception as error:  # whatever the import of a broken package raises
+        print(f"liger is left out ({type(error).__name__}: {error})")
         return None
     return LigerRopeFunction.apply
 
