@@ -16,8 +16,8 @@ constexpr int64_t kTileBytes = 128 * 1024;  // of rows that go from a pass to th
 inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Max(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// A sum over a row: in fp32 over runs of columns, in fp64 over the runs, so that the error of a mean
-// far from zero does not grow with the row.
+// A sum over a row: in fp32 over the columns of a lane in a run of them, in fp64 over lanes and runs,
+// so that the error of a mean far from zero does not grow with the row.
 class RowSum {
  public:
   template <typename F>
@@ -25,14 +25,23 @@ class RowSum {
     run_.Add(n, f);
     columns_ += n;
     if (columns_ < kRun) return;
-    total_ += run_.Total();
+    total_ += RunTotal();
     run_ = LaneSum();
     columns_ = 0;
   }
 
-  double Total() const { return total_ + run_.Total(); }
+  double Total() const { return total_ + RunTotal(); }
 
  private:
+  double RunTotal() const {
+    double sum[LaneSum::kLanes];
+    for (int l = 0; l < LaneSum::kLanes; ++l) sum[l] = run_.lanes[l];
+    for (int width = LaneSum::kLanes / 2; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) sum[l] += sum[l + width];
+    }
+    return sum[0];
+  }
+
   static constexpr int64_t kRun = 2048;
   LaneSum run_;
   double total_ = 0.0;
