@@ -217,9 +217,7 @@ def _coerce(key: str, value: Any, default: Any) -> Any:
     kind = type(default)
     if kind is tuple:
         if not isinstance(value, (tuple, list)) or len(value) != len(default):
-            raise UserError(
-                f"config key {key} must be {len(default)} numbers, got {shown(value)}"
-            )
+            raise UserError(f"config key {key} must be {len(default)} numbers, got {shown(value)}")
         return tuple(_coerce(key, v, d) for v, d in zip(value, default, strict=True))
     _check_value(key, value, kind)
     return kind(value)
