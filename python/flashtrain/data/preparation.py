@@ -63,6 +63,7 @@ def prepare_source(
     try:
         if not has_manifest(folder):
             check_free(folder)
+            source.files()  # a mistake in them is said before anything is made
             with occupied(folder, _sayer(folder)) as partial:
                 if not has_manifest(folder):
                     done = _prepare(source, tokenizer, folder, partial, workers, chunk_chars)
