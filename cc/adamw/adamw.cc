@@ -42,9 +42,12 @@ Status ValidateGroup(const AdamWGroup& g, const std::string& name) {
   constexpr double kEnd = std::numeric_limits<float>::max();  // what the kernels compute with
   FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.beta1, 1.0, "in [0, 1)", name + "beta1"));
   FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.beta2, 1.0, "in [0, 1)", name + "beta2"));
-  FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.lr, kEnd, "at least 0 and finite in float32", name + "lr"));
-  FLASHTRAIN_RETURN_IF_ERROR(CheckRange(g.eps, kEnd, "at least 0 and finite in float32", name + "eps"));
-  return CheckRange(g.weight_decay, kEnd, "at least 0 and finite in float32", name + "weight_decay");
+  FLASHTRAIN_RETURN_IF_ERROR(
+      CheckRange(g.lr, kEnd, "at least 0 and finite in float32", name + "lr"));
+  FLASHTRAIN_RETURN_IF_ERROR(
+      CheckRange(g.eps, kEnd, "at least 0 and finite in float32", name + "eps"));
+  return CheckRange(g.weight_decay, kEnd, "at least 0 and finite in float32",
+                    name + "weight_decay");
 }
 
 Status Validate(const AdamWParams& p) {

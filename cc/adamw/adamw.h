@@ -11,14 +11,14 @@
 // factor is that of torch.nn.utils.clip_grad_norm_.
 //
 // What the device alone knows is read there, so that the host never waits: where grad_norm is not
-// finite, grad_scale is not or is 0, or `skip` is not 0, nothing is updated but the count of skipped
-// steps.
+// finite, grad_scale is not or is 0, or `skip` is not 0, nothing is updated but the count of
+// skipped steps.
 //
 // Numerics: fp32 arithmetic and state; the powers of beta are fp64. A low-precision parameter with
 // a master copy is the master rounded; without one, every step rounds it, and small updates are
 // lost. An element of the parameter that is not its master rounded, bit for bit, was written since
-// the last step (loaded, clamped): its master starts from there. Bitwise deterministic, whatever the
-// number of threads or CTAs.
+// the last step (loaded, clamped): its master starts from there. Bitwise deterministic, whatever
+// the number of threads or CTAs.
 //
 // Cost: memory bound. Bytes for each fp32 parameter with an fp32 gradient: 28 (reads g, p, m, v;
 // writes p, m, v); a bf16 or fp16 parameter with a master copy and a gradient of its dtype: 30.

@@ -97,7 +97,8 @@ __device__ __forceinline__ void LoadVec4(const void* base, int64_t index, float 
 // parameter: see adamw.h.
 template <typename TP>
 __device__ __forceinline__ void LoadMaster4(const AdamWRecord& t, int64_t index, float (&out)[4]) {
-  const auto param = *reinterpret_cast<const RawVec<TP, 4>*>(static_cast<const TP*>(t.param) + index);
+  const auto param =
+      *reinterpret_cast<const RawVec<TP, 4>*>(static_cast<const TP*>(t.param) + index);
   LoadVec4<float>(t.master, index, out);
   if constexpr (sizeof(TP) == 2) {
     const RawVec<TP, 4> rounded = FromFloat<TP>(out);

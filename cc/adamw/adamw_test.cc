@@ -144,9 +144,8 @@ TEST(SkipsOnTheDevice) {
   EXPECT(skipped.Get() == 5);
   const struct {
     float norm, skip, scale;
-  } bad[] = {{INFINITY, 0.0f, 1.0f}, {NAN, 0.0f, 1.0f},   {1.0f, 1.0f, 1.0f},
-             {1.0f, NAN, 1.0f},      {1.0f, 0.0f, 0.0f}, {1.0f, 0.0f, INFINITY},
-             {1.0f, 0.0f, NAN}};
+  } bad[] = {{INFINITY, 0.0f, 1.0f}, {NAN, 0.0f, 1.0f},      {1.0f, 1.0f, 1.0f}, {1.0f, NAN, 1.0f},
+             {1.0f, 0.0f, 0.0f},     {1.0f, 0.0f, INFINITY}, {1.0f, 0.0f, NAN}};
   for (int i = 0; i < 7; ++i) {
     norm.Set(bad[i].norm), skip.Set(bad[i].skip), scale.Set(bad[i].scale);
     for (auto& t : problem.tensors) t->grad.FillNormal(problem.random, NAN, 1.0);

@@ -11,8 +11,8 @@ __device__ __forceinline__ float WarpSum(float value) {
   return value;
 }
 
-// The sum of the results of `warps` warps, at most 32. Many are added in pairs: one after the other,
-// half of them would be rounded as the whole sum is.
+// The sum of the results of `warps` warps, at most 32. Many are added in pairs: one after the
+// other, half of them would be rounded as the whole sum is.
 __device__ __forceinline__ float SumOfWarps(const float* values, int warps) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (warps > 4) return WarpSum(lane < warps ? values[lane] : 0.0f);

@@ -16,8 +16,8 @@ constexpr int64_t kTileBytes = 128 * 1024;  // of rows that go from a pass to th
 inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Max(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// A sum over a row: in fp32 over the columns of a lane in a run of them, in fp64 over lanes and runs,
-// so that the error of a mean far from zero does not grow with the row.
+// A sum over a row: in fp32 over the columns of a lane in a run of them, in fp64 over lanes and
+// runs, so that the error of a mean far from zero does not grow with the row.
 class RowSum {
  public:
   template <typename F>

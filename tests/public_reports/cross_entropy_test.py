@@ -20,7 +20,9 @@ def _inputs() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("needed", [m for m in itertools.product((False, True), repeat=3) if any(m)])
+@pytest.mark.parametrize(
+    "needed", [m for m in itertools.product((False, True), repeat=3) if any(m)]
+)
 def test_only_some_inputs_need_gradients(
     inputs: list[torch.Tensor], needed: tuple[bool, ...], wrapped: bool
 ) -> None:

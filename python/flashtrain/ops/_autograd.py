@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-
 _SECOND = "got a second derivative of an op of flashtrain; supported: the first"
 
 

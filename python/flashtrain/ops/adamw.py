@@ -276,10 +276,9 @@ class FusedAdamW(torch.optim.Optimizer):
                     if grad is None:
                         continue
                     state = self._init_state(p)
-                elif (
-                    state["exp_avg"].stride() != p.stride()
-                    or ("master" in state) != self._has_master(p)
-                ):
+                elif state["exp_avg"].stride() != p.stride() or (
+                    "master" in state
+                ) != self._has_master(p):
                     self._fit_state(p, state)
                 if grad is not None:
                     if grad.is_sparse:
