@@ -7,8 +7,8 @@ bfloat16 with float32 masters, which torch has not. Peers:
   fused    torch.optim.AdamW(fused=True), clip_grad_norm_(foreach=True)
   foreach  torch.optim.AdamW(foreach=True), clip_grad_norm_(foreach=True)
 Bytes, of the least traffic: a step reads gradient, parameter and two moments and writes the latter
-three, 28 for each parameter; bfloat16 with masters 30, as it reads both. The norm reads each gradient
-once, and a step that is clipped by it moves the sum of both.
+three, 28 for each parameter; bfloat16 with masters 30, as it reads both. The norm reads each
+gradient once, and a step that is clipped by it moves the sum of both.
 """
 
 from __future__ import annotations

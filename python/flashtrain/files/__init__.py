@@ -1,8 +1,9 @@
 """Files that survive a crash, on the file systems that clusters have.
 
-Some mounts refuse what local disks do: Lustre without `-o flock` and old NFS have no locks, CIFS and
-FUSE cannot fsync a folder. Nothing that was written is at risk there, so these calls go on without;
-what is at risk raises the OSError, and `cause` says in words what it means and what to do.
+Some mounts refuse operations that local disks have: Lustre without `-o flock` and old NFS have no
+locks, and CIFS and FUSE cannot fsync a folder. Nothing that was written is at risk there, so these
+calls go on without. Where something is at risk they raise the OSError, and `cause` says in words
+what it means and what to do.
 """
 
 import contextlib

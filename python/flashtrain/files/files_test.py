@@ -26,7 +26,7 @@ def test_write_that_fails_leaves_the_file_before(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
         files.write(path, b"two")
     assert "free space" in files.cause(caught.value)
     assert path.read_bytes() == b"one"
@@ -53,7 +53,7 @@ def test_an_error_of_the_disk_is_raised(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         files.flush_folder(tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_a_file_system_without_locks_gives_false(
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "", ".", "..", "a\0b", None, 3])
 def test_inside_refuses_names_that_lead_out(tmp_path: Path, name: object) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="is not the name of a file in"):
         files.inside(tmp_path, name)
 
 

@@ -130,12 +130,14 @@ def test_a_given_micro_batch_stays() -> None:
 
 
 def test_a_model_that_fits_nowhere_is_refused() -> None:
-    with pytest.raises(UserError, match="one sample takes 0.0 GiB on each of 1 devices, which have"):
+    with pytest.raises(
+        UserError, match="one sample takes 0.0 GiB on each of 1 devices, which have"
+    ):
         largest_micro_batch(config(), 1, 10**6)
 
 
 def test_micro_batch_of_a_vit() -> None:
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "model": {
             "family": "vit",
             "image_size": 32,
