@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,8 +92,10 @@ def _number(value: Any, default: float) -> float:
         assert value.numel() == 1
         assert value.device.type == DEVICE.type
         return value.item()
+    if isinstance(value, np.ndarray):  # of one number, which ops take as that
+        assert value.ndim == 0
+        return float(value)
     assert isinstance(value, (int, float))
-    assert not isinstance(value, bool)
     return float(value)
 
 
