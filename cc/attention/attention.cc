@@ -1,5 +1,7 @@
 #include "flashtrain/attention/attention.h"
 
+#include <algorithm>
+#include <limits>
 #include <string>
 
 #include "flashtrain/attention/attention_cpu.h"
@@ -45,19 +47,28 @@ Status CheckSizes(const AttentionParams& p) {
         "num_heads is " + std::to_string(p.num_heads) +
         "; it must be a multiple of num_heads_k = " + std::to_string(p.num_heads_k));
   }
+  // With cu_seqlens max_seqlen is a bound, and the sequences have no more rows than the totals.
+  const bool varlen = p.cu_seqlens_q != nullptr;
+  FLASHTRAIN_RETURN_IF_ERROR(CheckElements(
+      {varlen ? 1 : p.batch, varlen ? p.total_q : p.max_seqlen_q, p.num_heads, p.head_dim},
+      "batch, queries, num_heads, head_dim"));
+  FLASHTRAIN_RETURN_IF_ERROR(CheckElements(
+      {varlen ? 1 : p.batch, varlen ? p.total_k : p.max_seqlen_k, p.num_heads_k, p.head_dim},
+      "batch, keys, num_heads_k, head_dim"));
   FLASHTRAIN_RETURN_IF_ERROR(CheckAtLeast(p.window_left, -1, "window_left"));
   FLASHTRAIN_RETURN_IF_ERROR(CheckAtLeast(p.window_right, -1, "window_right"));
   return CheckDType(p.dtype, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}, "dtype");
 }
 
 Status CheckNumbers(const AttentionParams& p) {
-  if (!(p.softmax_scale > 0.0f)) {
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  if (!(p.softmax_scale >= 0.0f && p.softmax_scale <= kLargest)) {
     return Status::InvalidArgument("softmax_scale is " + std::to_string(p.softmax_scale) +
-                                   "; it must be greater than 0");
+                                   "; it must be finite and at least 0");
   }
-  if (!(p.softcap >= 0.0f)) {
+  if (!(p.softcap >= 0.0f && p.softcap <= kLargest)) {
     return Status::InvalidArgument("softcap is " + std::to_string(p.softcap) +
-                                   "; it must be at least 0 (0: no softcap)");
+                                   "; it must be finite and at least 0 (0: no softcap)");
   }
   if (!(p.dropout_p >= 0.0f && p.dropout_p < 1.0f)) {
     return Status::InvalidArgument("dropout_p is " + std::to_string(p.dropout_p) +
@@ -67,6 +78,10 @@ Status CheckNumbers(const AttentionParams& p) {
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.rng_state, "rng_state", "when dropout_p > 0"));
   }
   return Status();
+}
+
+bool HasRows(int64_t batch, int64_t max_seqlen, const int32_t* cu_seqlens, int64_t total) {
+  return batch > 0 && (cu_seqlens == nullptr ? max_seqlen : total) > 0;
 }
 
 Status Validate(const AttentionParams& p) {
@@ -82,12 +97,12 @@ Status Validate(const AttentionParams& p) {
     FLASHTRAIN_RETURN_IF_ERROR(
         CheckSequences(p.cu_seqlens_k, p.batch, p.max_seqlen_k, p.total_k, "k"));
   }
-  if (p.batch * p.max_seqlen_q > 0) {
+  if (HasRows(p.batch, p.max_seqlen_q, p.cu_seqlens_q, p.total_q)) {
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.q.data, "q", "when there are queries"));
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.out.data, "out", "when there are queries"));
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.lse, "lse", "when there are queries"));
   }
-  if (p.batch * p.max_seqlen_k > 0) {
+  if (HasRows(p.batch, p.max_seqlen_k, p.cu_seqlens_k, p.total_k)) {
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.k.data, "k", "when there are keys"));
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.v.data, "v", "when there are keys"));
   }
@@ -95,15 +110,36 @@ Status Validate(const AttentionParams& p) {
 }
 
 Status ValidateGradients(const AttentionBackwardParams& p) {
-  if (p.batch * p.max_seqlen_q > 0) {
+  if (HasRows(p.batch, p.max_seqlen_q, p.cu_seqlens_q, p.total_q)) {
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.dout.data, "dout", "when there are queries"));
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.dq.data, "dq", "when there are queries"));
   }
-  if (p.batch * p.max_seqlen_k > 0) {
+  if (HasRows(p.batch, p.max_seqlen_k, p.cu_seqlens_k, p.total_k)) {
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.dk.data, "dk", "when there are keys"));
     FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(p.dv.data, "dv", "when there are keys"));
   }
   return Status();
+}
+
+int64_t Longest(const int32_t* cu_seqlens, int64_t batch) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    longest = std::max(longest, int64_t{cu_seqlens[b + 1]} - cu_seqlens[b]);
+  }
+  return longest;
+}
+
+// The same problem with the lengths that there are for upper bounds, by which tasks and memory are
+// counted, and no limit for a window that hides nothing.
+template <typename Params>
+Params Tightened(Params p) {
+  if (p.cu_seqlens_q != nullptr) {
+    p.max_seqlen_q = Longest(p.cu_seqlens_q, p.batch);
+    p.max_seqlen_k = Longest(p.cu_seqlens_k, p.batch);
+  }
+  if (p.window_left >= p.max_seqlen_k) p.window_left = -1;
+  if (p.window_right >= p.max_seqlen_q) p.window_right = -1;
+  return p;
 }
 
 // Errors say which function refused.
@@ -116,14 +152,14 @@ Status Named(const char* function, const Status& status) {
 
 Status AttentionForward(const AttentionForwardParams& params) {
   FLASHTRAIN_RETURN_IF_ERROR(Named("AttentionForward", Validate(params)));
-  AttentionForwardCpu(params);
+  AttentionForwardCpu(Tightened(params));
   return Status();
 }
 
 Status AttentionBackward(const AttentionBackwardParams& params) {
   FLASHTRAIN_RETURN_IF_ERROR(Named("AttentionBackward", Validate(params)));
   FLASHTRAIN_RETURN_IF_ERROR(Named("AttentionBackward", ValidateGradients(params)));
-  AttentionBackwardCpu(params);
+  AttentionBackwardCpu(Tightened(params));
   return Status();
 }
 

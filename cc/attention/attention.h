@@ -52,8 +52,9 @@ struct AttentionTensor {
 
 // What forward and backward are both told.
 struct AttentionParams {
-  int64_t batch = 0;         // >= 0, number of sequences
-  int64_t max_seqlen_q = 0;  // >= 0; with cu_seqlens: at least the longest sequence's
+  int64_t batch = 0;  // >= 0, number of sequences
+  // >= 0; with cu_seqlens: at least the longest sequence's, an upper bound that costs nothing.
+  int64_t max_seqlen_q = 0;
   int64_t max_seqlen_k = 0;
   int64_t num_heads = 0;          // >= 1, a multiple of num_heads_k
   int64_t num_heads_k = 0;        // >= 1
@@ -67,7 +68,7 @@ struct AttentionParams {
   int64_t total_q = 0;
   int64_t total_k = 0;
 
-  float softmax_scale = 1.0f;  // > 0
+  float softmax_scale = 1.0f;  // >= 0
   float softcap = 0.0f;        // >= 0; 0: none
   int64_t window_left = -1;    // -1: no limit
   int64_t window_right = -1;   // -1: no limit; 0: causal
@@ -94,7 +95,9 @@ struct AttentionBackwardParams : AttentionParams {
   AttentionTensor dq, dk, dv;  // outputs; must not overlap inputs or each other
 };
 
-// Return an error, and have written nothing, if the arguments are not as described above.
+// Return an error, and have written nothing, if the arguments are not as described above. Throw
+// std::bad_alloc where there is no memory for a task: up to 10 * head_dim floats for each query and
+// key of the longest sequence, in each thread.
 Status AttentionForward(const AttentionForwardParams& params);
 Status AttentionBackward(const AttentionBackwardParams& params);
 

@@ -412,6 +412,24 @@ TEST(SameBitsForAnyNumberOfThreads) {
   for (size_t i = 4; i < bits.size(); ++i) EXPECT(bits[i] == bits[i - 4]);
 }
 
+// Neither memory nor tasks are counted by max_seqlen, and windows may be as large as they can.
+TEST(UpperBoundsCostNothing) {
+  Case c;
+  c.batch = 3, c.cu_q = {0, 5, 5, 75}, c.cu_k = {0, 70, 73, 75}, c.right = -1;
+  Problem problem(c), bounded(c);
+  problem.Run();
+  AttentionBackwardParams p = bounded.Params();
+  p.max_seqlen_q = p.max_seqlen_k = p.window_left = p.window_right =
+      std::numeric_limits<int64_t>::max();
+  EXPECT(AttentionForward(p).ok());
+  EXPECT(AttentionBackward(p).ok());
+  for (TestTensor* t : {&bounded.out, &bounded.dq, &bounded.dk, &bounded.dv}) t->Download();
+  EXPECT(bounded.out.bits() == problem.out.bits());
+  EXPECT(bounded.dq.bits() == problem.dq.bits());
+  EXPECT(bounded.dk.bits() == problem.dk.bits());
+  EXPECT(bounded.dv.bits() == problem.dv.bits());
+}
+
 TEST(Errors) {
   Case c;
   Problem problem(c);
@@ -428,8 +446,11 @@ TEST(Errors) {
   refuse("head_dim is 0; it must be at least 1", [](P& p) { p.head_dim = 0; });
   refuse("max_seqlen_k is -1", [](P& p) { p.max_seqlen_k = -1; });
   refuse("window_left is -2; it must be at least -1", [](P& p) { p.window_left = -2; });
-  refuse("softmax_scale is 0", [](P& p) { p.softmax_scale = 0.0f; });
+  refuse("softmax_scale is -1", [](P& p) { p.softmax_scale = -1.0f; });
   refuse("softcap is -1", [](P& p) { p.softcap = -1.0f; });
+  refuse("softcap is inf", [](P& p) { p.softcap = std::numeric_limits<float>::infinity(); });
+  refuse("batch, queries, num_heads, head_dim: got 1, 70, 2, 4611686018427387904; supported: at",
+         [](P& p) { p.head_dim = int64_t{1} << 62; });
   refuse("dropout_p is 1", [](P& p) { p.dropout_p = 1.0f; });
   refuse("rng_state is null; it is required when dropout_p > 0", [](P& p) { p.dropout_p = 0.5f; });
   refuse("dtype is unknown dtype", [](P& p) { p.dtype = static_cast<DType>(9); });

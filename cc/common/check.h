@@ -27,6 +27,25 @@ inline Status CheckAtLeast(int64_t value, int64_t minimum, const std::string& na
                                  std::to_string(minimum));
 }
 
+// More elements than any memory holds; counts up to this many leave room for products with bytes
+// and blocks in 64 bits.
+constexpr int64_t kMaxElements = int64_t{1} << 48;
+
+// Sizes of at least 0, named by `name`, and their product; a size of 0 does not excuse the others.
+inline Status CheckElements(std::initializer_list<int64_t> sizes, const std::string& name) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    if (size <= kMaxElements / product) {
+      product *= size > 0 ? size : 1;
+      continue;
+    }
+    std::string got;
+    for (const int64_t each : sizes) got += (got.empty() ? "" : ", ") + std::to_string(each);
+    return Status::InvalidArgument(name + ": got " + got + "; supported: at most 2**48 elements");
+  }
+  return Status();
+}
+
 inline Status CheckDType(DType dtype, std::initializer_list<DType> supported,
                          const std::string& name) {
   std::string names;

@@ -5,6 +5,9 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <new>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -125,6 +128,49 @@ TEST(ParallelForWorksAfterFork) {
   waitpid(child, &status, 0);
   EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
   ExpectRunsEachTaskOnce(100);
+}
+
+// A task's exception comes to the caller, the first one only, and the threads work on.
+TEST(ParallelForThrowsWhatATaskThrows) {
+  for (const int threads : {1, 3}) {
+    SetNumThreads(threads);
+    for (const int64_t failing : {0, 57, 99}) {
+      std::string caught;
+      try {
+        ParallelFor(100, [&](int64_t i) {
+          if (i >= failing) throw std::runtime_error("task");
+        });
+      } catch (const std::runtime_error& error) {
+        caught = error.what();
+      }
+      EXPECT(caught == "task") << threads << " threads, " << failing;
+      ExpectRunsEachTaskOnce(100);
+    }
+  }
+}
+
+TEST(ThreadCountsAreBounded) {
+  SetNumThreads(100000);
+  EXPECT(GetNumThreads() == kMaxThreads);
+  SetNumThreads(-5);
+  EXPECT(GetNumThreads() == 1);
+}
+
+// What was there before must not be trusted after a failed allocation.
+TEST(ThreadScratchAfterAFailedAllocation) {
+  ThreadScratch(1000)[999] = 1.0f;
+  for (const int64_t count : {int64_t{1} << 45, std::numeric_limits<int64_t>::max(), int64_t{-1}}) {
+    bool refused = false;
+    try {
+      ThreadScratch(count);
+    } catch (const std::bad_alloc&) {
+      refused = true;
+    }
+    EXPECT(refused) << count;
+    float* scratch = ThreadScratch(1000);
+    EXPECT(scratch != nullptr);
+    if (scratch != nullptr) scratch[999] = 1.0f;
+  }
 }
 
 TEST(ThreadScratchGrows) {

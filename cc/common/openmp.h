@@ -11,7 +11,8 @@
 namespace flashtrain {
 
 // Runs task(0) ... task(num_tasks - 1) on `threads` threads of libgomp, the calling one among them.
-// False, and nothing was run, where no libgomp is loaded.
+// False, and nothing was run, where no libgomp is loaded. Tasks must not throw: the exception would
+// leave a thread of libgomp's and end the process.
 bool RunOnOpenMp(int64_t num_tasks, const std::function<void(int64_t)>& task, int threads);
 
 }  // namespace flashtrain

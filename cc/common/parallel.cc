@@ -6,9 +6,12 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -27,7 +30,7 @@ class ThreadPool {
   bool TryRun(int64_t num_tasks, const std::function<void(int64_t)>& task, int num_workers) {
     std::unique_lock<std::mutex> call(call_mutex_, std::try_to_lock);
     if (!call.owns_lock()) return false;
-    if (num_workers != static_cast<int>(workers_.size())) Resize(num_workers);
+    if (num_workers != num_workers_) Resize(num_workers);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       task_ = &task;
@@ -53,9 +56,16 @@ class ThreadPool {
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
     stop_ = false;
-    for (int i = 0; i < num_workers; ++i) {
-      workers_.emplace_back([this, seen = generation_] { WorkerLoop(seen); });
+    num_workers_ = 0;  // where what follows throws, the next call tries again
+    workers_.reserve(num_workers);
+    try {
+      for (int i = 0; i < num_workers; ++i) {
+        workers_.emplace_back([this, seen = generation_] { WorkerLoop(seen); });
+      }
+    } catch (const std::system_error&) {
+      // The system refuses more threads: fewer do all tasks, too.
     }
+    num_workers_ = num_workers;
   }
 
   void RunTasks(const std::function<void(int64_t)>& task, int64_t num_tasks) {
@@ -86,7 +96,25 @@ class ThreadPool {
   int running_ = 0;
   uint64_t generation_ = 0;
   bool stop_ = false;
+  int num_workers_ = 0;  // asked for; the system may have refused some
   std::vector<std::thread> workers_;
+};
+
+// The first exception of a call's tasks, carried from the thread that met it to the caller's.
+class FirstException {
+ public:
+  bool caught() const { return caught_.load(std::memory_order_relaxed); }
+  void Catch() {
+    if (!caught_.exchange(true)) exception_ = std::current_exception();
+  }
+  // After all threads are done.
+  void Rethrow() const {
+    if (exception_ != nullptr) std::rethrow_exception(exception_);
+  }
+
+ private:
+  std::atomic<bool> caught_{false};
+  std::exception_ptr exception_;
 };
 
 std::atomic<ThreadPool*> pool{nullptr};
@@ -120,23 +148,33 @@ void RunInline(int64_t num_tasks, const std::function<void(int64_t)>& task) {
 
 }  // namespace
 
-void SetNumThreads(int n) { num_threads.store(std::max(n, 1)); }
+void SetNumThreads(int n) { num_threads.store(std::clamp(n, 1, kMaxThreads)); }
 
 int GetNumThreads() {
   const int n = num_threads.load();
-  return n > 0 ? n : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  if (n > 0) return n;
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
 }
 
 void ParallelFor(int64_t num_tasks, const std::function<void(int64_t)>& task) {
   const int threads = GetNumThreads();
   if (num_tasks <= 1 || threads <= 1 || inside_task) return RunInline(num_tasks, task);
-  const std::function<void(int64_t)> marked = [&task](int64_t i) {
+  FirstException first;
+  const std::function<void(int64_t)> guarded = [&task, &first](int64_t i) {
+    if (first.caught()) return;
     inside_task = true;
-    task(i);
+    try {
+      task(i);
+    } catch (...) {
+      first.Catch();
+    }
     inside_task = false;
   };
-  if (RunOnOpenMp(num_tasks, marked, threads)) return;
-  if (!GetPool().TryRun(num_tasks, marked, threads - 1)) RunInline(num_tasks, task);
+  if (!RunOnOpenMp(num_tasks, guarded, threads) &&
+      !GetPool().TryRun(num_tasks, guarded, threads - 1)) {
+    return RunInline(num_tasks, task);
+  }
+  first.Rethrow();
 }
 
 float* ThreadScratch(int64_t count) {
@@ -145,7 +183,11 @@ float* ThreadScratch(int64_t count) {
   };
   thread_local std::unique_ptr<float, Free> buffer;
   thread_local int64_t capacity = 0;
+  constexpr int64_t kMaxCount = int64_t{1} << 48;
+  if (count < 0 || count > kMaxCount) throw std::bad_alloc();
   if (count > capacity) {
+    capacity = 0;  // with the memory, so that a call after one that fails does not trust it
+    buffer.reset();
     constexpr int64_t kAlign = 64;
     const int64_t bytes =
         (count * static_cast<int64_t>(sizeof(float)) + kAlign - 1) / kAlign * kAlign;

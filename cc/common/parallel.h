@@ -10,18 +10,24 @@
 
 namespace flashtrain {
 
-// Sets the number of threads a call may use, the calling thread included; values below 1 mean 1.
-// Default: std::thread::hardware_concurrency().
+// OpenMP ends the process where the system refuses it a thread: no machine needs more than these.
+constexpr int kMaxThreads = 1024;
+
+// Sets the number of threads a call may use, the calling thread included; values outside of
+// [1, kMaxThreads] mean the nearest in it. Default: std::thread::hardware_concurrency().
 void SetNumThreads(int num_threads);
 int GetNumThreads();
 
 // Runs task(0) ... task(num_tasks - 1), in any order, on up to GetNumThreads() threads, and returns
-// when all are done. Tasks must not throw. What a task computes must not depend on the thread that
-// runs it; then results do not depend on the number of threads.
+// when all are done. What a task computes must not depend on the thread that runs it; then results
+// do not depend on the number of threads.
+//
+// Once a task has thrown, those that have not begun are left out, and the first exception is thrown
+// here when the others are done.
 void ParallelFor(int64_t num_tasks, const std::function<void(int64_t)>& task);
 
 // A buffer of at least `count` floats owned by the calling thread, 64-byte aligned, contents
-// undefined. Valid until the thread's next call.
+// undefined. Valid until the thread's next call. Throws std::bad_alloc.
 float* ThreadScratch(int64_t count);
 
 }  // namespace flashtrain

@@ -13,6 +13,7 @@ template <typename Params>
 Status ValidateShared(const Params& p) {
   FLASHTRAIN_RETURN_IF_ERROR(CheckAtLeast(p.rows, 0, "rows"));
   FLASHTRAIN_RETURN_IF_ERROR(CheckAtLeast(p.cols, 1, "cols"));
+  FLASHTRAIN_RETURN_IF_ERROR(CheckElements({p.rows, p.cols}, "rows, cols"));
   FLASHTRAIN_RETURN_IF_ERROR(
       CheckDType(p.dtype, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}, "dtype"));
   if (p.activation < Activation::kIdentity || p.activation > Activation::kSquaredRelu) {

@@ -15,6 +15,8 @@ Status ValidatePart(const RotaryParams& p, int index) {
   const RotaryPart& part = p.parts[index];
   const std::string name = "parts[" + Str(index) + "].";
   FLASHTRAIN_RETURN_IF_ERROR(CheckAtLeast(part.heads, 0, name + "heads"));
+  FLASHTRAIN_RETURN_IF_ERROR(CheckElements({p.batch, p.seqlen, part.heads, p.head_dim},
+                                           "batch, seqlen, " + name + "heads, head_dim"));
   if (part.heads == 0 || p.batch == 0 || p.seqlen == 0) return Status();
   FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(part.x, name + "x", "when there are elements"));
   FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(part.out, name + "out", "when there are elements"));
@@ -31,6 +33,10 @@ Status ValidatePart(const RotaryParams& p, int index) {
 }
 
 Status ValidatePositions(const RotaryParams& p) {
+  if (p.seqlen_offset < -kMaxElements || p.seqlen_offset > kMaxElements) {
+    return Status::InvalidArgument("seqlen_offset is " + Str(p.seqlen_offset) +
+                                   "; the tables hold positions 0 to " + Str(p.table_len - 1));
+  }
   if (p.position_ids != nullptr) {
     FLASHTRAIN_RETURN_IF_ERROR(CheckNull(p.cu_seqlens, "cu_seqlens", "with position_ids"));
     FLASHTRAIN_RETURN_IF_ERROR(CheckNull(p.seqlen_offsets, "seqlen_offsets", "with position_ids"));
@@ -45,7 +51,7 @@ Status ValidatePositions(const RotaryParams& p) {
   }
   if (p.seqlen_offsets != nullptr) return Status();
   if (p.seqlen_offset >= 0 && p.seqlen_offset <= p.table_len - p.seqlen) return Status();
-  return Status::InvalidArgument("positions " + Str(p.seqlen_offset) + " to " +
+  return Status::InvalidArgument("seqlen_offset: positions " + Str(p.seqlen_offset) + " to " +
                                  Str(p.seqlen_offset + p.seqlen - 1) +
                                  "; the tables hold positions 0 to " + Str(p.table_len - 1));
 }
@@ -67,6 +73,8 @@ Status Validate(const RotaryParams& p) {
       CheckDType(p.dtype, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}, "dtype"));
   FLASHTRAIN_RETURN_IF_ERROR(CheckDType(p.table_dtype, {DType::kFloat32, p.dtype}, "table_dtype"));
   FLASHTRAIN_RETURN_IF_ERROR(CheckAtLeast(p.table_len, 0, "table_len"));
+  FLASHTRAIN_RETURN_IF_ERROR(
+      CheckElements({p.table_len, p.rotary_dim / 2}, "table_len, rotary_dim / 2"));
   if (p.table_len > 1) {
     FLASHTRAIN_RETURN_IF_ERROR(
         CheckAtLeast(p.table_row_stride, p.rotary_dim / 2, "table_row_stride"));

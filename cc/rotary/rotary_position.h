@@ -40,6 +40,12 @@ FLASHTRAIN_ROTARY_INLINE int64_t RotarySequence(const RotaryParams& p, int64_t t
   return low;
 }
 
+// Modulo 2^64, as indices may be any integers: the sum of a token's number and one offset that
+// leaves 64 bits comes out far from the tables, on the other side.
+FLASHTRAIN_ROTARY_INLINE int64_t RotaryAdd(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+}
+
 FLASHTRAIN_ROTARY_INLINE RotaryPosition FindRotaryPosition(const RotaryParams& p, int64_t batch,
                                                            int64_t token) {
   int64_t position;
@@ -50,12 +56,17 @@ FLASHTRAIN_ROTARY_INLINE RotaryPosition FindRotaryPosition(const RotaryParams& p
     int64_t sequence = batch;
     position = token;
     if (p.cu_seqlens != nullptr) {
-      if (token >= RotaryIndex(p, p.cu_seqlens, p.num_sequences)) return {RotaryToken::kCopy, 0};
+      if (p.num_sequences == 0 || token >= RotaryIndex(p, p.cu_seqlens, p.num_sequences)) {
+        return {RotaryToken::kCopy, 0};
+      }
       sequence = RotarySequence(p, token);
-      position -= RotaryIndex(p, p.cu_seqlens, sequence);
+      position = RotaryAdd(position, ~RotaryIndex(p, p.cu_seqlens, sequence));  // -1 - start
+      position = RotaryAdd(position, 1);
     }
-    position += p.seqlen_offset;
-    if (p.seqlen_offsets != nullptr) position += RotaryIndex(p, p.seqlen_offsets, sequence);
+    position = RotaryAdd(position, p.seqlen_offset);
+    if (p.seqlen_offsets != nullptr) {
+      position = RotaryAdd(position, RotaryIndex(p, p.seqlen_offsets, sequence));
+    }
   }
   const bool inside = position >= 0 && position < p.table_len;
   return {inside ? RotaryToken::kRotate : RotaryToken::kOutsideTable, position};

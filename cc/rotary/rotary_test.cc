@@ -207,9 +207,13 @@ TEST(ErrorsNameTheArgument) {
     p.parts[0].out = const_cast<void*>(p.parts[0].x);
     p.parts[0].out_seq_stride += 8;
   });
-  ExpectError("positions 36 to 40; the tables hold positions 0 to 39",
+  ExpectError("seqlen_offset: positions 36 to 40; the tables hold positions 0 to 39",
               [](P& p) { p.seqlen_offset = 36; });
-  ExpectError("positions -1 to 3;", [](P& p) { p.seqlen_offset = -1; });
+  ExpectError("seqlen_offset: positions -1 to 3;", [](P& p) { p.seqlen_offset = -1; });
+  ExpectError("seqlen_offset is 9223372036854775807; the tables hold positions 0 to 39",
+              [](P& p) { p.seqlen_offset = std::numeric_limits<int64_t>::max(); });
+  ExpectError("batch, seqlen, parts[0].heads, head_dim: got ",
+              [](P& p) { p.parts[0].heads = int64_t{1} << 60; });
   ExpectError("batch is 2; it must be 1 with cu_seqlens",
               [](P& p) { p.cu_seqlens = p.parts[0].x; });
   ExpectError("seqlen_offset is 1; it must be 0 with position_ids", [](P& p) {

@@ -14,6 +14,7 @@ namespace {
 
 Status Validate(const ScaleParams& p) {
   FLASHTRAIN_RETURN_IF_ERROR(CheckAtLeast(p.count, 0, "count"));
+  FLASHTRAIN_RETURN_IF_ERROR(CheckElements({p.count}, "count"));
   for (const bool is_x : {true, false}) {
     FLASHTRAIN_RETURN_IF_ERROR(CheckDType(is_x ? p.x_dtype : p.y_dtype,
                                           {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
