@@ -8,8 +8,10 @@ to row, all else is contiguous. `stream` is a cudaStream_t as an int (0: the def
 on CPU).
 Calls release the GIL, and on CUDA only enqueue.
 
-Raises ValueError for an argument that does not fit (its name, what came, what is supported),
-TypeError for one that is no tensor, RuntimeError for an error of the device.
+Raises ValueError for an argument that does not fit (its name, what came, what is supported), for
+tensors without memory of their own (FakeTensor, meta), with a negative bit, or beyond 2**48
+elements, and for outputs whose elements share memory; TypeError for one that is no tensor,
+MemoryError where the CPU has no memory for a call, RuntimeError for an error of the device.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,8 @@ from typing import Any
 Tensor = Any
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads that CPU ops may use from now on, process-wide, the calling thread included."""
+    """Threads that CPU ops may use from now on, process-wide, the calling thread included: 1 to
+    1024."""
 
 def get_num_threads() -> int: ...
 def attention_forward(

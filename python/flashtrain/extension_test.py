@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashtrain import _kernels
 
@@ -201,3 +202,83 @@ def test_numpy_views_keep_their_strides() -> None:
     _forward(x, z)
     expected = torch.nn.functional.layer_norm(torch.from_numpy(x.copy()), (4,))
     np.testing.assert_allclose(z, expected.numpy(), atol=1e-6)
+
+
+def _fake(x: torch.Tensor) -> torch.Tensor:
+    return FakeTensorMode().from_tensor(x)
+
+
+def _freed(x: torch.Tensor) -> torch.Tensor:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch._neg_view(torch.ones(2, 4)), r"a negative bit; supported: x0.resolve_neg\("),
+        (lambda: torch.ones(2, 4, dtype=torch.cfloat).conj().imag, "a negative bit"),
+        (lambda: _fake(torch.ones(2, 4)), "FakeTensor, a subclass that has no memory"),
+        (lambda: torch.ones(2, 4, device="meta"), "cannot be read as a tensor with memory"),
+        (lambda: torch.ones(2, 4).to_sparse(), "cannot be read as a tensor with memory"),
+        (lambda: _freed(torch.ones(2, 4)), r"supported: a tensor with memory"),
+        (lambda: _freed(torch.ones(3, 4)[1:]), r"supported: a tensor with memory"),
+        (lambda: torch.empty(2**30, 0, 2**20), r"supported: sizes of at most 2\*\*48 elements"),
+        (lambda: torch.ones(1, 1).expand(2**31, 2**31), "supported: sizes of at most"),
+        (lambda: np.zeros(9, np.uint8)[1:].view(np.float32), "multiples of"),
+    ],
+)
+def test_tensors_that_cannot_be_read(make, message) -> None:
+    with pytest.raises(ValueError, match=rf"x0: .*{message}"):
+        _forward(make(), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("count", [0, -1, 1025, 100_000, 2**32 + 1])
+def test_numbers_of_threads_that_are_refused(count: int) -> None:
+    before = _kernels.get_num_threads()
+    with pytest.raises(ValueError, match=rf"num_threads: got {count}; supported: 1 to 1024"):
+        _kernels.set_num_threads(count)
+    assert _kernels.get_num_threads() == before
+
+
+@pytest.mark.parametrize("activation", [-1, 4, 256, 2**32, 2**63 - 1])
+def test_activations_that_are_refused(activation: int) -> None:
+    x, out = torch.ones(2, 4), torch.zeros(2, 4)
+    with pytest.raises(ValueError, match=f"activation: got {activation}; supported: 0, 1, 2, 3"):
+        _kernels.dense_activation_forward(x, None, activation, None, out, 0)
+    with pytest.raises(ValueError, match=f"activation: got {activation}; supported: 0, 1, 2, 3"):
+        _kernels.dense_activation_backward(x, x, activation, out, None, torch.empty, 0)
+    if activation != -1:
+        with pytest.raises(ValueError, match=f"matmul: got {activation}; supported: 0, 1, 2"):
+            _kernels.dense_matmul_algorithms(
+                activation, x, x, out, None, None, None, 0, False, max_algorithms=1
+            )
+
+
+def test_outputs_that_overlap_are_refused() -> None:
+    q, cu_seqlens = torch.randn(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
+    out = torch.zeros(4, 1, 8).expand(4, 2, 8)
+    with pytest.raises(ValueError, match=r"out: got .*supported: elements that share no memory"):
+        _kernels.attention_forward(
+            q, q, q, out, torch.zeros(2, 4), cu_seqlens, cu_seqlens, None, None, 4, 4, 1.0, 0.0,
+            -1, -1, 0.0,
+        )  # fmt: skip
+
+
+def test_lists_that_change_during_the_call() -> None:
+    """The parameters' memory outlives the lists that held it: other threads may clear them."""
+    lists = [[torch.ones(3)] for _ in range(5)]
+    params, grads, exp_avgs, exp_avg_sqs, _ = lists
+
+    class Clearing:
+        """Clears all lists when it is read."""
+
+        def __dlpack__(self) -> object:
+            for each in lists:
+                each.clear()
+            return torch.utils.dlpack.to_dlpack(torch.ones(()))
+
+    _kernels.adamw_step(
+        params, grads, [None], exp_avgs, exp_avg_sqs, [Clearing()], [0],
+        [(0.1, None, 0.9, 0.99, 1e-8, 0.0)], None, None, None, None, float("inf"), None, None, 0,
+    )  # fmt: skip

@@ -15,12 +15,6 @@ namespace {
 
 namespace py = pybind11;
 
-int64_t NumElements(const TensorArg& arg) {
-  int64_t count = 1;
-  for (int i = 0; i < arg.ndim(); ++i) count *= arg.size(i);
-  return count;
-}
-
 // Whether the elements fill their memory without gaps, in whatever order.
 bool IsDense(const TensorArg& arg) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
@@ -48,7 +42,7 @@ void ExpectLike(const TensorArg& arg, const TensorArg& other, const char* name) 
   arg.ExpectSameDevice(other);
   arg.ExpectShape(other.shape(), other.ndim());
   for (int i = 0; i < arg.ndim(); ++i) {
-    if (arg.size(i) <= 1 || arg.stride(i) == other.stride(i) || NumElements(arg) == 0) continue;
+    if (arg.size(i) <= 1 || arg.stride(i) == other.stride(i) || arg.num_elements() == 0) continue;
     throw std::invalid_argument(
         std::string(name) + ": got stride " + std::to_string(arg.stride(i)) + " in dimension " +
         std::to_string(i) + "; supported: the parameter's, " + std::to_string(other.stride(i)));
@@ -61,7 +55,7 @@ TensorArg ReadScalar(const char* name, py::handle object, ElementType type,
   TensorArg arg(name, object);
   arg.ExpectSameDevice(device);
   arg.ExpectElementType(type);
-  if (NumElements(arg) != 1) arg.ExpectShape({});
+  if (arg.num_elements() != 1) arg.ExpectShape({});
   return arg;
 }
 
@@ -71,9 +65,10 @@ void ReadOptional(const char* name, py::handle object, ElementType type, const T
   if (!object.is_none()) *data = ReadScalar(name, object, type, device).data<T>();
 }
 
-// The lists of one call, all as long as `params`.
+// The lists of one call, all as long as `params`; tuples, as other threads may clear the caller's
+// lists while the op runs.
 struct Lists {
-  py::list params, grads, masters, exp_avgs, exp_avg_sqs, steps, groups;
+  py::tuple params, grads, masters, exp_avgs, exp_avg_sqs, steps, groups;
 };
 
 AdamWTensor ReadTensor(const Lists& lists, size_t i, const TensorArg& first) {
@@ -81,14 +76,21 @@ AdamWTensor ReadTensor(const Lists& lists, size_t i, const TensorArg& first) {
   param.ExpectSameDevice(first);
   AdamWTensor t;
   t.param = param.data(), t.param_dtype = param.float_dtype();
-  t.numel = NumElements(param);
-  t.group = py::cast<int64_t>(lists.groups[i]);
+  t.numel = param.num_elements();
+  const py::object group = lists.groups[i];
+  if (!PyLong_Check(group.ptr())) {
+    throw py::type_error(std::string("group: got ") + Py_TYPE(group.ptr())->tp_name +
+                         "; supported: an index into group_values");
+  }
+  int overflow = 0;
+  t.group = PyLong_AsLongLongAndOverflow(group.ptr(), &overflow);
+  if (overflow != 0) t.group = -1;  // out of range, as AdamWStep says
   if (!IsDense(param)) {
     throw std::invalid_argument(
         "param: got a tensor with gaps between its elements; supported: dense ones, "
         "param.contiguous()");
   }
-  const auto read_float = [&](const char* name, const py::list& list) -> float* {
+  const auto read_float = [&](const char* name, const py::tuple& list) -> float* {
     if (list[i].is_none()) return nullptr;
     const TensorArg arg(name, list[i]);
     arg.ExpectElementType(ElementType::kFloat32);
@@ -109,10 +111,29 @@ AdamWTensor ReadTensor(const Lists& lists, size_t i, const TensorArg& first) {
   return t;
 }
 
+// Two threads would update what two parameters share.
+void ExpectDisjoint(const std::vector<AdamWTensor>& tensors) {
+  std::vector<std::pair<const char*, size_t>> begins;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].numel > 0) begins.emplace_back(static_cast<const char*>(tensors[i].param), i);
+  }
+  std::sort(begins.begin(), begins.end());
+  for (size_t i = 1; i < begins.size(); ++i) {
+    const AdamWTensor& before = tensors[begins[i - 1].second];
+    if (begins[i - 1].first + before.numel * DTypeSize(before.param_dtype) <= begins[i].first) {
+      continue;
+    }
+    throw std::invalid_argument("parameter " + std::to_string(begins[i].second) +
+                                ": param shares memory with that of parameter " +
+                                std::to_string(begins[i - 1].second) +
+                                "; supported: parameters with memory of their own");
+  }
+}
+
 std::vector<AdamWTensor> ReadTensors(const Lists& lists, const TensorArg& first) {
   const size_t count = lists.params.size();
-  for (const py::list* list : {&lists.grads, &lists.masters, &lists.exp_avgs, &lists.exp_avg_sqs,
-                               &lists.steps, &lists.groups}) {
+  for (const py::tuple* list : {&lists.grads, &lists.masters, &lists.exp_avgs, &lists.exp_avg_sqs,
+                                &lists.steps, &lists.groups}) {
     if (list->size() == count) continue;
     throw std::invalid_argument("got lists of " + std::to_string(count) + " and " +
                                 std::to_string(list->size()) + "; supported: all of one length");
@@ -125,16 +146,29 @@ std::vector<AdamWTensor> ReadTensors(const Lists& lists, const TensorArg& first)
       throw std::invalid_argument("parameter " + std::to_string(i) + ": " + error.what());
     }
   }
+  ExpectDisjoint(tensors);
   return tensors;
 }
 
 // (lr, lr_on_device, beta1, beta2, eps, weight_decay), lr_on_device a tensor or None.
 AdamWGroup ReadGroup(const py::tuple& values, const TensorArg& device) {
+  if (values.size() != 6) {
+    throw std::invalid_argument("group_values: got a tuple of " + std::to_string(values.size()) +
+                                "; supported: 6 values");
+  }
+  const auto number = [&values](int i, const char* name) {
+    const double value = PyFloat_AsDouble(py::object(values[i]).ptr());
+    if (value != -1.0 || PyErr_Occurred() == nullptr) return value;
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + ": got " +
+                         Py_TYPE(py::object(values[i]).ptr())->tp_name +
+                         "; supported: a number that a double holds");
+  };
   AdamWGroup g;
-  g.lr = py::cast<double>(values[0]);
+  g.lr = number(0, "lr");
   ReadOptional("lr", values[1], ElementType::kFloat32, device, &g.lr_on_device);
-  g.beta1 = py::cast<double>(values[2]), g.beta2 = py::cast<double>(values[3]);
-  g.eps = py::cast<double>(values[4]), g.weight_decay = py::cast<double>(values[5]);
+  g.beta1 = number(2, "beta1"), g.beta2 = number(3, "beta2");
+  g.eps = number(4, "eps"), g.weight_decay = number(5, "weight_decay");
   return g;
 }
 
@@ -145,10 +179,11 @@ void Step(const py::list& params, const py::list& grads, const py::list& masters
           py::handle table, py::handle table_on_host, uintptr_t stream) {
   if (params.empty()) return;
   const TensorArg first("params[0]", params[0]);
-  const std::vector<AdamWTensor> tensors =
-      ReadTensors({params, grads, masters, exp_avgs, exp_avg_sqs, steps, groups}, first);
+  const Lists lists = {params, grads, masters, exp_avgs, exp_avg_sqs, steps, groups};
+  const std::vector<AdamWTensor> tensors = ReadTensors(lists, first);
   std::vector<AdamWGroup> group_structs;
-  for (const py::handle values : group_values) {
+  const py::tuple held_values = group_values;
+  for (const py::handle values : held_values) {
     group_structs.push_back(ReadGroup(py::cast<py::tuple>(values), first));
   }
   AdamWParams p;
@@ -163,23 +198,38 @@ void Step(const py::list& params, const py::list& grads, const py::list& masters
     const TensorArg arg("table", table);
     arg.ExpectSameDevice(first);
     arg.ExpectElementType(ElementType::kUInt8);
-    p.table = arg.data(), p.table_bytes = NumElements(arg);
+    arg.ExpectContiguous();
+    p.table = arg.data(), p.table_bytes = arg.num_elements();
   }
   if (!table_on_host.is_none()) {
     const TensorArg arg("table_on_host", table_on_host);
     arg.ExpectElementType(ElementType::kUInt8);
     arg.ExpectShape({p.table_bytes});
+    arg.ExpectContiguous();
+    if (arg.is_cuda()) throw std::invalid_argument("table_on_host: is on a GPU; supported: cpu");
     p.table_on_host = arg.data();
   }
   Call(first, [&](Device device) { return AdamWStep(p, device, reinterpret_cast<void*>(stream)); });
 }
 
+int64_t TableBytes(int64_t num_tensors, int64_t num_groups) {
+  constexpr int64_t kMax = int64_t{1} << 31;
+  for (const auto& [count, name] :
+       {std::pair(num_tensors, "num_tensors"), std::pair(num_groups, "num_groups")}) {
+    if (count >= 0 && count < kMax) continue;
+    throw std::invalid_argument(std::string(name) + ": got " + std::to_string(count) +
+                                "; supported: 0 to 2**31 - 1");
+  }
+  return AdamWTableBytes(num_tensors, num_groups);
+}
+
 void Norm(const py::list& grads, py::handle norm, const py::function& allocate, uintptr_t stream) {
   const TensorArg result("norm", norm);
   result.ExpectElementType(ElementType::kFloat32);
-  if (NumElements(result) != 1) result.ExpectShape({});
+  if (result.num_elements() != 1) result.ExpectShape({});
   std::vector<GradNormTensor> tensors;
-  for (const py::handle object : grads) {
+  const py::tuple held_grads = grads;  // other threads may clear the list while the op runs
+  for (const py::handle object : held_grads) {
     const TensorArg grad("grad", object);
     grad.ExpectSameDevice(result);
     if (!IsDense(grad)) {
@@ -187,7 +237,7 @@ void Norm(const py::list& grads, py::handle norm, const py::function& allocate, 
                                   ": got a tensor with gaps between its elements; supported: "
                                   "dense ones, grad.contiguous()");
     }
-    tensors.push_back({grad.data(), grad.float_dtype(), NumElements(grad)});
+    tensors.push_back({grad.data(), grad.float_dtype(), grad.num_elements()});
   }
   GradNormParams p;
   p.tensors = tensors.data(), p.num_tensors = static_cast<int64_t>(tensors.size());
@@ -205,7 +255,7 @@ void RegisterAdamW(py::module_& module) {
              arg("exp_avg_sqs"), arg("steps"), arg("groups"), arg("group_values"),
              arg("grad_scale"), arg("grad_norm"), arg("skip"), arg("skipped_steps"),
              arg("max_norm"), arg("table"), arg("table_on_host"), arg("stream"));
-  module.def("adamw_table_bytes", &AdamWTableBytes, arg("num_tensors"), arg("num_groups"));
+  module.def("adamw_table_bytes", &TableBytes, arg("num_tensors"), arg("num_groups"));
   module.def("grad_norm", &Norm, arg("grads"), arg("norm"), arg("allocate"), arg("stream"));
 }
 

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "flashtrain/attention/attention.h"
 #include "python/flashtrain/bindings/call.h"
@@ -39,11 +38,12 @@ class AttentionOperands {
     p.head_dim = q_.size(q_.ndim() - 1);
   }
 
-  void Queries(const char* name, py::handle object, AttentionTensor* tensor) {
-    Heads(name, object, p_.num_heads, q_, tensor);
+  void Queries(const char* name, py::handle object, AttentionTensor* tensor,
+               bool is_written = false) {
+    Heads(name, object, p_.num_heads, q_, tensor, is_written);
   }
-  void Keys(const char* name, py::handle object, AttentionTensor* tensor) {
-    Heads(name, object, p_.num_heads_k, k_, tensor);
+  void Keys(const char* name, py::handle object, AttentionTensor* tensor, bool is_written = false) {
+    Heads(name, object, p_.num_heads_k, k_, tensor, is_written);
   }
 
   // float32: [batch, heads, seqlen_q], or [heads, total_q].
@@ -110,12 +110,11 @@ class AttentionOperands {
   TensorArg Read(const char* name, py::handle object) {
     TensorArg arg(name, object);
     arg.ExpectSameDevice(q_);
-    if (arg.capsule()) capsules_.push_back(arg.capsule());
     return arg;
   }
 
   void Heads(const char* name, py::handle object, int64_t heads, const TensorArg& like,
-             AttentionTensor* tensor) {
+             AttentionTensor* tensor, bool is_written) {
     const TensorArg arg = Read(name, object);
     if (varlen_) {
       arg.ExpectShape({like.size(0), heads, p_.head_dim});
@@ -123,6 +122,7 @@ class AttentionOperands {
       arg.ExpectShape({p_.batch, like.size(1), heads, p_.head_dim});
     }
     arg.ExpectFloat(p_.dtype);
+    if (is_written) arg.ExpectNoOverlap();
     const int last = arg.ndim() - 1;
     bool empty = false;
     for (int i = 0; i <= last; ++i) empty |= arg.size(i) == 0;
@@ -140,7 +140,6 @@ class AttentionOperands {
   AttentionParams& p_;
   const bool varlen_;
   TensorArg q_, k_;
-  std::vector<py::object> capsules_;
 };
 
 // The arguments after the tensors of heads, as both directions take them.
@@ -180,7 +179,7 @@ void Forward(py::handle q, py::handle k, py::handle v, py::handle out, py::handl
   operands.Queries("q", q, &p.q);
   operands.Keys("k", k, &p.k);
   operands.Keys("v", v, &p.v);
-  operands.Queries("out", out, &p.out);
+  operands.Queries("out", out, &p.out, /*is_written=*/true);
   options.Read(operands, p);
   Call(operands.first(), [&](Device) { return AttentionForward(p); });
 }
@@ -200,9 +199,9 @@ void Backward(py::handle dout, py::handle q, py::handle k, py::handle v, py::han
   operands.Keys("v", v, &p.v);
   operands.Queries("out", out, &p.out);
   operands.Queries("dout", dout, &p.dout);
-  operands.Queries("dq", dq, &p.dq);
-  operands.Keys("dk", dk, &p.dk);
-  operands.Keys("dv", dv, &p.dv);
+  operands.Queries("dq", dq, &p.dq, /*is_written=*/true);
+  operands.Keys("dk", dk, &p.dk, /*is_written=*/true);
+  operands.Keys("dv", dv, &p.dv, /*is_written=*/true);
   options.Read(operands, p);
   Call(operands.first(), [&](Device) { return AttentionBackward(p); });
 }

@@ -22,7 +22,6 @@ namespace py = pybind11;
 class Operands {
  public:
   Operands(const char* name, py::handle first) : first_(name, first) {
-    if (first_.capsule()) capsules_.push_back(first_.capsule());
     first_.ExpectContiguous();
     dtype_ = first_.float_dtype();
     if (first_.ndim() == 0) throw std::invalid_argument(std::string(name) + ": got a scalar");
@@ -39,7 +38,6 @@ class Operands {
   void Read(const char* name, py::handle object, const std::vector<int64_t>& shape, T** data) {
     if (object.is_none()) return;
     const TensorArg arg(name, object);
-    if (arg.capsule()) capsules_.push_back(arg.capsule());
     arg.ExpectSameDevice(first_);
     arg.ExpectFloat(dtype_);
     arg.ExpectShape(shape.data(), static_cast<int>(shape.size()));
@@ -58,16 +56,31 @@ class Operands {
   TensorArg first_;
   DType dtype_;
   int64_t rows_ = 1;
-  std::vector<py::object> capsules_;  // what keeps the views alive that need it; often none
 };
 
-void Forward(py::handle x, py::handle bias, int activation, py::handle pre_act, py::handle out,
+// Checked before the value is narrowed to the enum's type.
+Activation ToActivation(int64_t activation) {
+  if (activation < 0 || activation > static_cast<int64_t>(Activation::kSquaredRelu)) {
+    throw std::invalid_argument("activation: got " + std::to_string(activation) +
+                                "; supported: 0, 1, 2, 3");
+  }
+  return static_cast<Activation>(activation);
+}
+
+DenseMatmul ToMatmul(int64_t matmul) {
+  if (matmul < 0 || matmul > static_cast<int64_t>(DenseMatmul::kWeightGradient)) {
+    throw std::invalid_argument("matmul: got " + std::to_string(matmul) + "; supported: 0, 1, 2");
+  }
+  return static_cast<DenseMatmul>(matmul);
+}
+
+void Forward(py::handle x, py::handle bias, int64_t activation, py::handle pre_act, py::handle out,
              uintptr_t stream) {
   Operands operands("x", x);
   const std::vector<int64_t> shape = operands.Shape(operands.cols());
   DenseActivationForwardParams p;
   p.rows = operands.rows(), p.cols = operands.cols(), p.dtype = operands.dtype();
-  p.activation = static_cast<Activation>(activation);
+  p.activation = ToActivation(activation);
   p.x = operands.first().data();
   operands.Read("bias", bias, {p.cols}, &p.bias);
   operands.Read("pre_act", pre_act, shape, &p.pre_act);
@@ -77,13 +90,13 @@ void Forward(py::handle x, py::handle bias, int activation, py::handle pre_act, 
   });
 }
 
-void Backward(py::handle dout, py::handle pre_act, int activation, py::handle dx, py::handle dbias,
-              const py::function& allocate, uintptr_t stream) {
+void Backward(py::handle dout, py::handle pre_act, int64_t activation, py::handle dx,
+              py::handle dbias, const py::function& allocate, uintptr_t stream) {
   Operands operands("dout", dout);
   const std::vector<int64_t> shape = operands.Shape(operands.cols());
   DenseActivationBackwardParams p;
   p.rows = operands.rows(), p.cols = operands.cols(), p.dtype = operands.dtype();
-  p.activation = static_cast<Activation>(activation);
+  p.activation = ToActivation(activation);
   p.dout = operands.first().data();
   operands.Read("pre_act", pre_act, shape, &p.pre_act);
   operands.Read("dx", dx, shape, &p.dx);
@@ -96,17 +109,17 @@ void Backward(py::handle dout, py::handle pre_act, int activation, py::handle dx
   });
 }
 
-DenseMatmulParams ReadMatmul(Operands& operands, int matmul, py::handle right, py::handle out,
-                             py::handle bias, py::handle pre_act, py::handle dbias, int activation,
-                             bool allow_tf32) {
+DenseMatmulParams ReadMatmul(Operands& operands, int64_t matmul, py::handle right, py::handle out,
+                             py::handle bias, py::handle pre_act, py::handle dbias,
+                             int64_t activation, bool allow_tf32) {
   const TensorArg right_arg("right", right);
   if (right_arg.ndim() == 0) throw std::invalid_argument("right: got a scalar");
   const int64_t left_cols = operands.cols();
   const int64_t right_cols = right_arg.size(right_arg.ndim() - 1);
   DenseMatmulParams p;
-  p.matmul = static_cast<DenseMatmul>(matmul);
+  p.matmul = ToMatmul(matmul);
   p.rows = operands.rows(), p.dtype = operands.dtype(), p.allow_tf32 = allow_tf32;
-  p.activation = static_cast<Activation>(activation);
+  p.activation = ToActivation(activation);
   p.left = operands.first().data();
   switch (p.matmul) {
     case DenseMatmul::kForward:
@@ -127,8 +140,6 @@ DenseMatmulParams ReadMatmul(Operands& operands, int matmul, py::handle right, p
       operands.Read("out", out, {p.out_features, p.in_features}, &p.out);
       operands.Read("dbias", dbias, {p.out_features}, &p.dbias);
       break;
-    default:
-      throw std::invalid_argument("matmul: got " + std::to_string(matmul) + "; supported: 0, 1, 2");
   }
   const bool forward = p.matmul == DenseMatmul::kForward;
   operands.Read("pre_act", pre_act, operands.Shape(forward ? p.out_features : p.in_features),
@@ -149,18 +160,28 @@ DenseMatmulAlgorithm ToAlgorithm(const Algorithm& algorithm) {
                                 " bytes; supported: " + std::to_string(sizeof(result.data)));
   }
   std::memcpy(result.data, bytes.data(), bytes.size());
+  if (algorithm.second < 0) {
+    throw std::invalid_argument("algorithm: got a workspace of " +
+                                std::to_string(algorithm.second) + " bytes; supported: at least 0");
+  }
   result.workspace_bytes = algorithm.second;
   return result;
 }
 
-std::vector<Algorithm> Algorithms(int matmul, py::handle left, py::handle right, py::handle out,
+std::vector<Algorithm> Algorithms(int64_t matmul, py::handle left, py::handle right, py::handle out,
                                   py::handle bias, py::handle pre_act, py::handle dbias,
-                                  int activation, bool allow_tf32, int max_algorithms) {
+                                  int64_t activation, bool allow_tf32, int64_t max_algorithms) {
+  constexpr int64_t kMaxAlgorithms = 1000;  // the library has fewer
+  if (max_algorithms < 1 || max_algorithms > kMaxAlgorithms) {
+    throw std::invalid_argument("max_algorithms: got " + std::to_string(max_algorithms) +
+                                "; supported: 1 to " + std::to_string(kMaxAlgorithms));
+  }
   Operands operands("left", left);
   const DenseMatmulParams p =
       ReadMatmul(operands, matmul, right, out, bias, pre_act, dbias, activation, allow_tf32);
   std::vector<DenseMatmulAlgorithm> found;
-  Call(operands.first(), [&](Device) { return DenseMatmulAlgorithms(p, max_algorithms, &found); });
+  Call(operands.first(),
+       [&](Device) { return DenseMatmulAlgorithms(p, static_cast<int>(max_algorithms), &found); });
   std::vector<Algorithm> algorithms;
   for (const DenseMatmulAlgorithm& algorithm : found) {
     algorithms.emplace_back(
@@ -170,8 +191,8 @@ std::vector<Algorithm> Algorithms(int matmul, py::handle left, py::handle right,
   return algorithms;
 }
 
-void Check(int matmul, py::handle left, py::handle right, py::handle out, py::handle bias,
-           py::handle pre_act, py::handle dbias, int activation, bool allow_tf32,
+void Check(int64_t matmul, py::handle left, py::handle right, py::handle out, py::handle bias,
+           py::handle pre_act, py::handle dbias, int64_t activation, bool allow_tf32,
            const Algorithm& algorithm) {
   Operands operands("left", left);
   const DenseMatmulParams p =
@@ -180,8 +201,8 @@ void Check(int matmul, py::handle left, py::handle right, py::handle out, py::ha
   Call(operands.first(), [&](Device) { return DenseMatmulCheck(p, chosen); });
 }
 
-void Matmul(int matmul, py::handle left, py::handle right, py::handle out, py::handle bias,
-            py::handle pre_act, py::handle dbias, int activation, bool allow_tf32,
+void Matmul(int64_t matmul, py::handle left, py::handle right, py::handle out, py::handle bias,
+            py::handle pre_act, py::handle dbias, int64_t activation, bool allow_tf32,
             const Algorithm& algorithm, const py::function& allocate, uintptr_t stream) {
   Operands operands("left", left);
   const DenseMatmulParams p =

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "flashtrain/rotary/rotary.h"
 #include "python/flashtrain/bindings/call.h"
@@ -17,11 +16,11 @@ int64_t StrideOf(const TensorArg& arg, int dim) {
   return arg.size(dim) == 1 ? 0 : arg.stride(dim);  // any value is right, and 0 is aligned
 }
 
-// Reads the arguments one after the other, keeping alive the views that need it.
+// Reads the arguments one after the other.
 class Operands {
  public:
   Operands(py::handle x, bool has_sequences)
-      : x_(Read("x", x)), token_dims_(has_sequences ? 1 : 2), ndim_(x_.ndim()) {
+      : x_("x", x), token_dims_(has_sequences ? 1 : 2), ndim_(x_.ndim()) {
     if (ndim_ != token_dims_ + 2 && ndim_ != token_dims_ + 3) {
       const std::string tokens = has_sequences ? "[total" : "[batch, seqlen";
       throw std::invalid_argument("x: got " + std::to_string(ndim_) +
@@ -39,24 +38,19 @@ class Operands {
   int64_t heads() const { return x_.size(ndim_ - 2); }
   int64_t total_heads() const { return packed() * heads(); }
 
-  TensorArg Read(const char* name, py::handle object) {
-    TensorArg arg(name, object);
-    if (arg.capsule()) capsules_.push_back(arg.capsule());
-    return arg;
-  }
-
   TensorArg ReadOut(py::handle object) {
-    TensorArg out = Read("out", object);
+    const TensorArg out("out", object);
     out.ExpectSameDevice(x_);
     out.ExpectShape(x_.shape(), ndim_);
     out.ExpectFloat(p.dtype);
     CheckElements(out, "out");
+    out.ExpectNoOverlap();
     return out;
   }
 
   // One of the tables, all of one shape and dtype.
   const void* Table(const char* name, py::handle object) {
-    const TensorArg table = Read(name, object);
+    const TensorArg table(name, object);
     table.ExpectSameDevice(x_);
     const TensorArg::Matrix matrix = table.ExpectMatrix();
     if (p.rotary_dim == 0) {
@@ -87,7 +81,7 @@ class Operands {
 
   // int32 or int64, one type for all.
   TensorArg Index(const char* name, py::handle object) {
-    TensorArg arg = Read(name, object);
+    const TensorArg arg(name, object);
     arg.ExpectSameDevice(x_);
     const bool is_int32 = arg.element_type() == ElementType::kInt32;
     if (!has_index_) p.index_is_int32 = is_int32;
@@ -126,7 +120,6 @@ class Operands {
     return arg.data<char>() + offset * DTypeSize(p.dtype);
   }
 
-  std::vector<py::object> capsules_;
   TensorArg x_;
   int token_dims_;
   int ndim_;
@@ -139,12 +132,14 @@ void CallRotary(py::handle x, py::handle out, py::handle cos, py::handle sin, py
                 bool interleaved, bool conjugate, uintptr_t stream) {
   Operands operands(x, !cu_seqlens.is_none());
   RotaryParams& p = operands.p;
-  const int64_t rest = operands.total_heads() - num_heads_q - num_heads_k;
-  if (num_heads_q < 0 || num_heads_k < 0 || rest < 0) {
+  const int64_t total = operands.total_heads();
+  if (num_heads_q < 0 || num_heads_q > total || num_heads_k < 0 ||
+      num_heads_k > total - num_heads_q) {
     throw std::invalid_argument("num_heads_q, num_heads_k: got " + std::to_string(num_heads_q) +
                                 ", " + std::to_string(num_heads_k) + "; supported: at least 0, " +
-                                "together at most " + std::to_string(operands.total_heads()));
+                                "together at most " + std::to_string(total));
   }
+  const int64_t rest = total - num_heads_q - num_heads_k;
   const void* q_tables[] = {operands.Table("cos", cos), operands.Table("sin", sin)};
   const void* k_tables[] = {q_tables[0], q_tables[1]};
   if (!cos_k.is_none()) k_tables[0] = operands.Table("cos_k", cos_k);

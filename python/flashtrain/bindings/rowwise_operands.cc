@@ -18,7 +18,6 @@ RowwiseOperands::RowwiseOperands(const char* name, py::handle first)
 TensorArg RowwiseOperands::Read(const char* name, py::handle object) {
   TensorArg arg(name, object);
   arg.ExpectSameDevice(first_);
-  if (arg.capsule()) capsules_.push_back(arg.capsule());
   return arg;
 }
 

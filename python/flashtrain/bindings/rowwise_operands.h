@@ -17,7 +17,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <vector>
 
 #include "flashtrain/common/dtype.h"
 #include "python/flashtrain/bindings/tensor_arg.h"
@@ -87,7 +86,6 @@ class RowwiseOperands {
 
   TensorArg first_;
   TensorArg::Matrix matrix_;
-  std::vector<pybind11::object> capsules_;  // what keeps the views alive that need it; often none
 };
 
 }  // namespace flashtrain::bindings

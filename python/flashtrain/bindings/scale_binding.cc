@@ -17,8 +17,7 @@ void ScaleTensor(py::handle x, py::handle factor, py::handle y, uintptr_t stream
   factor_arg.ExpectShape({});
   y_arg.ExpectShape(x_arg.shape(), x_arg.ndim());
   ScaleParams p;
-  p.count = 1;
-  for (int i = 0; i < x_arg.ndim(); ++i) p.count *= x_arg.size(i);
+  p.count = x_arg.num_elements();
   for (const TensorArg* arg : {&factor_arg, &y_arg}) arg->ExpectSameDevice(x_arg);
   for (const TensorArg* arg : {&x_arg, &y_arg}) arg->ExpectContiguous();
   p.factor = factor_arg.data<const float>();

@@ -1,7 +1,11 @@
 #include "python/flashtrain/bindings/tensor_arg.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <optional>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 namespace flashtrain::bindings {
 namespace {
@@ -55,10 +59,18 @@ std::optional<ElementType> ToElementType(dlpack::DLDataType type) {
 
 using ViewFunction = int (*)(void* py_object, DLTensor* out);
 
+// What is known of a type of tensors.
+struct TensorType {
+  PyTypeObject* type = nullptr;
+  ViewFunction view = nullptr;   // non-owning; null: none
+  PyCFunction is_neg = nullptr;  // torch's method without arguments; null: none
+  bool has_own_dispatch =
+      false;  // a subclass of torch.Tensor that has no memory, or others' memory
+};
+
 // The type's non-owning view function, or null where the type has none.
-ViewFunction LookUpViewFunction(PyTypeObject* type) {
-  const py::object capsule =
-      py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
+ViewFunction LookUpViewFunction(py::handle type) {
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
   auto* header = static_cast<dlpack::DLPackExchangeAPIHeader*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -69,23 +81,53 @@ ViewFunction LookUpViewFunction(PyTypeObject* type) {
   return reinterpret_cast<dlpack::DLPackExchangeAPI*>(header)->dltensor_from_py_object_no_sync;
 }
 
-// The same, remembering the last two types (a program passes torch.Tensor and Parameter, and little
-// else). The GIL guards the memory.
-ViewFunction FindViewFunction(PyTypeObject* type) {
-  static struct {
-    PyTypeObject* type;
-    ViewFunction function;
-  } memory[2] = {};
-  for (const auto& entry : memory) {
-    if (entry.type == type) return entry.function;
+// The C function of `type.is_neg`, to call without the interpreter.
+PyCFunction LookUpIsNeg(py::handle type) {
+  const py::object method = py::getattr(type, "is_neg", py::none());
+  if (!Py_IS_TYPE(method.ptr(), &PyMethodDescr_Type)) return nullptr;
+  const PyMethodDef* definition = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
+  return definition->ml_flags == METH_NOARGS ? definition->ml_meth : nullptr;
+}
+
+// torch's own types have a `__torch_dispatch__` that is a built-in function.
+bool HasOwnDispatch(py::handle type) {
+  const py::object dispatch = py::getattr(type, "__torch_dispatch__", py::none());
+  return !dispatch.is_none() && !PyCFunction_Check(dispatch.ptr());
+}
+
+// Remembers the last two types (a program passes torch.Tensor and Parameter, and little else). The
+// GIL guards the memory.
+TensorType FindTensorType(PyTypeObject* type) {
+  static TensorType memory[2];
+  for (const TensorType& entry : memory) {
+    if (entry.type == type) return entry;
   }
-  const ViewFunction function = LookUpViewFunction(type);
+  const py::handle handle(reinterpret_cast<PyObject*>(type));
+  const TensorType found = {type, LookUpViewFunction(handle), LookUpIsNeg(handle),
+                            HasOwnDispatch(handle)};
   PyTypeObject* forgotten = memory[1].type;
   memory[1] = memory[0];
-  memory[0] = {type, function};
+  memory[0] = found;
   Py_INCREF(type);  // its address must not come to name another type while it is remembered
   Py_XDECREF(forgotten);
-  return function;
+  return found;
+}
+
+// Raises the Python error that is set, as a ValueError that names the argument. What no argument
+// causes (MemoryError, KeyboardInterrupt) is raised as it is.
+[[noreturn]] void ThrowNamed(const char* name) {
+  py::error_already_set error;
+  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw error;
+  const std::string message = std::string(name) + ": cannot be read as a tensor with memory: " +
+                              std::string(py::str(error.value()));
+  py::raise_from(error, PyExc_ValueError, message.c_str());
+  throw py::error_already_set();
+}
+
+bool IsNegative(const char* name, PyCFunction is_neg, PyObject* tensor) {
+  const auto result = py::reinterpret_steal<py::object>(is_neg(tensor, nullptr));
+  if (!result) ThrowNamed(name);
+  return result.ptr() == Py_True;
 }
 
 DLTensor ViewOfCapsule(const char* name, PyObject* capsule) {
@@ -113,13 +155,27 @@ std::string Join(const int64_t* values, int n) {
 }  // namespace
 
 TensorArg::TensorArg(const char* name, py::handle object) : name_(name) {
-  if (ViewFunction view = FindViewFunction(Py_TYPE(object.ptr()))) {
-    if (view(object.ptr(), &view_) != 0) throw py::error_already_set();
+  const TensorType type = FindTensorType(Py_TYPE(object.ptr()));
+  if (type.has_own_dispatch) {
+    throw std::invalid_argument(std::string(name) + ": got " + type.type->tp_name +
+                                ", a subclass that has no memory of its own; supported: plain "
+                                "tensors");
+  }
+  if (type.view != nullptr) {
+    if (type.view(object.ptr(), &view_) != 0) ThrowNamed(name);
+    if (type.is_neg != nullptr && IsNegative(name, type.is_neg, object.ptr())) {
+      throw std::invalid_argument(std::string(name) +
+                                  ": got a view with a negative bit; supported: " + name +
+                                  ".resolve_neg()");
+    }
   } else if (PyCapsule_CheckExact(object.ptr())) {
     view_ = ViewOfCapsule(name, object.ptr());
   } else if (py::hasattr(object, "__dlpack__")) {
-    capsule_ = object.attr("__dlpack__")();
-    view_ = ViewOfCapsule(name, capsule_.ptr());
+    const auto capsule =
+        py::reinterpret_steal<py::object>(PyObject_CallMethod(object.ptr(), "__dlpack__", nullptr));
+    if (!capsule) ThrowNamed(name);
+    py::detail::loader_life_support::add_patient(capsule);
+    view_ = ViewOfCapsule(name, capsule.ptr());
   } else {
     throw py::type_error(std::string(name) + ": got " + Py_TYPE(object.ptr())->tp_name +
                          "; supported: a tensor (an object with __dlpack__) or a DLPack capsule");
@@ -129,12 +185,46 @@ TensorArg::TensorArg(const char* name, py::handle object) : name_(name) {
     throw std::invalid_argument(std::string(name) + ": is on a device of DLPack type " +
                                 std::to_string(device) + "; supported: CPU and CUDA");
   }
-  const std::optional<ElementType> type = ToElementType(view_.dtype);
-  if (!type.has_value()) {
+  const std::optional<ElementType> element_type = ToElementType(view_.dtype);
+  if (!element_type.has_value()) {
     throw std::invalid_argument(std::string(name) + ": got dtype " + DLDataTypeName(view_.dtype) +
                                 "; supported: float32, float16, bfloat16, int32, int64, uint8");
   }
-  element_type_ = *type;
+  element_type_ = *element_type;
+  CheckSizesAndMemory();
+}
+
+void TensorArg::CheckSizesAndMemory() const {
+  int64_t elements = 1;  // dimensions of no elements aside
+  bool empty = false;
+  for (int i = 0; i < view_.ndim; ++i) {
+    const int64_t size = view_.shape[i];
+    empty = empty || size == 0;
+    if (size < 0 || __builtin_mul_overflow(elements, std::max<int64_t>(size, 1), &elements) ||
+        elements > kMaxTensorElements) {
+      Fail("sizes of at most 2**48 elements");
+    }
+  }
+  if (empty) return;
+  for (int i = 0; i < view_.ndim && view_.strides != nullptr; ++i) {
+    int64_t extent = 0;
+    if (view_.shape[i] > 1 &&
+        (__builtin_mul_overflow(view_.shape[i] - 1, view_.strides[i], &extent) ||
+         extent > kMaxTensorElements || extent < -kMaxTensorElements)) {
+      Fail("strides that span at most 2**48 elements");
+    }
+  }
+  // Of a tensor whose memory was freed, DLPack gives the offset of its first element.
+  constexpr uintptr_t kFirstAddress = 65536;  // what Linux lets no process map below
+  const auto address = reinterpret_cast<uintptr_t>(data());
+  if (address < kFirstAddress) Fail("a tensor with memory (this one's storage was freed)");
+  if (address % (view_.dtype.bits / 8) != 0) Fail("elements at multiples of their size");
+}
+
+int64_t TensorArg::num_elements() const {
+  int64_t count = 1;
+  for (int i = 0; i < view_.ndim; ++i) count *= view_.shape[i];
+  return count;
 }
 
 int64_t TensorArg::stride(int dim) const {
@@ -187,6 +277,20 @@ void TensorArg::ExpectContiguous() const {
     expected *= view_.shape[i];
   }
   if (!contiguous) Fail("a contiguous tensor");
+}
+
+void TensorArg::ExpectNoOverlap() const {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // distance between neighbours, size
+  for (int i = 0; i < view_.ndim; ++i) {
+    if (view_.shape[i] == 0) return;
+    if (view_.shape[i] > 1) dims.emplace_back(std::abs(stride(i)), view_.shape[i]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 0;  // of the dimensions before, from their first element to their last
+  for (const auto& [distance, size] : dims) {
+    if (distance <= extent) Fail("elements that share no memory, as they are written");
+    extent += distance * (size - 1);
+  }
 }
 
 TensorArg::Matrix TensorArg::ExpectMatrix() const {
