@@ -31,7 +31,7 @@ __all__ = [
     "prepare",
 ]
 
-# Most of these import torch, which takes seconds; the processes that tokenise need none of it.
+# Most of these import torch, which needs seconds; the processes that tokenize do without it.
 _LAZY = {
     "BatchLoader": "loader",
     "TokenDataset": "dataset",

@@ -1,7 +1,7 @@
 """From chunks to a folder of prepared data: join, hold out validation documents, checksum.
 
-Each step is either repeated or found done after a kill. Chunks are removed once their tokens are in
-the joined file and that is flushed, so the disk holds the tokens once (twice while validation
+After a kill, each step is either repeated or found done. Chunks are removed once their tokens are
+in the joined file and it is flushed, so the disk holds the tokens once (twice while validation
 documents are held out), and memory holds a chunk for each process.
 """
 
@@ -53,7 +53,7 @@ class _Placed:
 def assemble(
     corpus: Corpus, chunks: Path, out: Path, dtype: np.dtype, num_processes: int
 ) -> dict[str, Split]:
-    """Writes the token files and document indices of all splits into the folder `out`.
+    """Writes the token files and document indices of all splits to the folder `out`.
 
     Args:
         corpus: all of whose chunks are in `chunks`.
@@ -83,7 +83,7 @@ def has_begun(chunks: Path) -> bool:
 
 
 def _plan(corpus: Corpus, folder: Path, dtype: np.dtype) -> list[_Placed]:
-    """Where each chunk goes; written down before the first one is moved."""
+    """The place of each chunk; written down before the first one is moved."""
     path = folder / _PLAN
     if not path.exists():
         sizes: list[tuple[Any, int, int]] = [
@@ -169,10 +169,10 @@ def _hold_out(joined: Path, out: Path, dtype: np.dtype, pool: "_Pool") -> None:
 
 
 def _shuffled_order(path: Path, total: int) -> np.ndarray:
-    """What default_rng(seed).permutation(total) returns; 8 bytes for a document.
+    """The result of default_rng(seed).permutation(total); 8 bytes for a document.
 
-    On the disk for the processes that gather documents, and made in memory: a disk that is full
-    kills a process that writes to it through a mapping, without a word.
+    It is made in memory and stored on the disk for the processes that gather documents. It is not
+    written through a mapping: on a full disk, that kills the process without a word.
     """
     if not path.exists():
         order = np.arange(total, dtype=np.int64)
@@ -221,7 +221,7 @@ def _gather(
 
 
 def _describe(folder: Path, splits: Iterable[str], dtype: np.dtype) -> dict[str, Split]:
-    """Lengths and checksums; all files at a time, as hashing leaves the interpreter's lock."""
+    """Lengths and checksums; all files at once, since hashing releases the interpreter's lock."""
 
     def digest(split: str, name: Callable[[str], str], itemsize: int) -> tuple[str, int, str]:
         path = folder / name(split)

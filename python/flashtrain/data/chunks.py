@@ -1,7 +1,7 @@
 """Chunks: the tokens of consecutive pieces of a shard, the unit that is done or not done.
 
-A chunk's file is written beside its place, flushed and renamed into it, so one that exists is
-whole. Which pieces make a chunk depends on the corpus alone, never on the processes that work.
+A chunk's file is written beside its place, flushed and renamed, so a file that exists is whole. The
+pieces of a chunk depend on the corpus alone, never on the processes that work.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from flashtrain.data.corpus import Piece, Shard
 from flashtrain.data.token_files import ENDS_DTYPE
 from flashtrain.data.tokenizer import Tokenizer
 
-# Of text; some 4 million tokens, a few seconds of work for one core.
+# Of text; about 4 million tokens, which are a few seconds of work for one core.
 CHUNK_CHARS = 2**24
 
 _HEADER = np.dtype("<u8")
@@ -84,7 +84,7 @@ def write_chunk(path: Path, chunk: Chunk) -> None:
 
 
 def replace_durably(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file so that under its name there is the old content, or none, or the new one."""
+    """Writes a file that has, at any moment, the old content, or none, or the new one."""
     # Not files.write: another run's process, orphaned for a moment, may write the same content.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -126,7 +126,7 @@ def missing_chunks(folder: Path, split: str, shard: int) -> bool:
 
 
 def forget_shard(folder: Path, split: str, shard: int) -> None:
-    """Removes what was done of a shard, whose text is another by now."""
+    """Removes the chunks of a shard whose text has changed."""
     shard_record(folder, split, shard).unlink(missing_ok=True)
     for path in folder.glob(f"{split}-{shard:06d}-*.chunk"):
         path.unlink(missing_ok=True)

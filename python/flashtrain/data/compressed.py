@@ -12,7 +12,7 @@ from flashtrain import files
 from flashtrain.data.errors import DataError, missing_package
 
 BLOCK_BYTES = 2**20
-# What is decoded at a time: of zstd 4 bytes may become 128 KiB, so these at most 128 MiB.
+# Bytes decoded at a time: 4 bytes of zstd may become 128 KiB, so these at most 128 MiB.
 _COMPRESSED_BLOCK_BYTES = 2**12
 
 
@@ -47,7 +47,7 @@ def _check_regular(path: Path) -> None:
 
 
 class _ZstdReader(io.RawIOBase):
-    """zstandard's own reader takes the end of a truncated file for the end of its data."""
+    """zstandard's own reader mistakes the end of a truncated file for the end of its data."""
 
     def __init__(self, path: Path, file: BinaryIO):
         try:
@@ -57,7 +57,7 @@ class _ZstdReader(io.RawIOBase):
         self._path = path
         self._file = file
         self._error = zstandard.ZstdError
-        # The largest window there is, which `zstd --long=31` makes use of.
+        # The largest window there is; `zstd --long=31` uses it.
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._frame: Any = None
         self._decoded = memoryview(b"")

@@ -1,7 +1,7 @@
-"""Text to tokenise: splits of shards, each of which a process reads from its beginning to its end.
+"""Text to tokenize: splits of shards, each of which one process reads from beginning to end.
 
-A shard yields pieces of text in an order that never changes, so that a preparation that was killed
-finds its place again.
+A shard yields pieces of text in an order that never changes, so a preparation that was killed finds
+its place again.
 """
 
 import codecs
@@ -27,7 +27,7 @@ _TEXT_TYPES = (
 _PARQUET_ROWS = 256  # of a batch: rows may be long
 _MAX_LINE_BYTES = 2**30  # in memory as a whole
 _BOM = codecs.BOM_UTF8
-# How files begin that are something else than their names say.
+# The first bytes of files that are not of the kind that their names say.
 _OTHERS = {
     codecs.BOM_UTF16_LE: "is UTF-16 or UTF-32, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)",
     codecs.BOM_UTF16_BE: "is UTF-16, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)",
@@ -48,8 +48,8 @@ class Shard(Protocol):
     """A part of a split, small enough in number to be listed and large enough to be worth it.
 
     Attributes:
-        files: that the text of this shard alone is in; none where it is not in files, or where
-            they are not known.
+        files: the files that hold the text of this shard alone; none where the text is not in
+            files, or where they are not known.
     """
 
     @property
@@ -97,9 +97,9 @@ class TextFiles:
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """A file of JSON objects, one a line, whose `field` is a document; *.gz, *.zst too.
+    """A file of JSON objects, one per line, whose `field` is a document; *.gz, *.zst too.
 
-    Of keys that occur twice in an object the last one counts.
+    If a key occurs twice in an object, the last one counts.
     """
 
     path: Path
@@ -158,7 +158,7 @@ class Parquet:
 
     def pieces(self) -> Iterator[Piece]:
         try:
-            import pyarrow.parquet  # the processes that tokenise need none
+            import pyarrow.parquet  # the processes that tokenize need none
         except ImportError as error:
             raise missing_package("pyarrow", error) from error
         number = 0
@@ -201,8 +201,8 @@ class HubSplit:
     Attributes:
         name, config, split: as for datasets.load_dataset.
         column: holds a document in each row.
-        index, num_shards: this one among those that `datasets` tells apart.
-        rows_are_documents: else the shard is one document, whose rows are encoded one by one.
+        index, num_shards: this shard among those that `datasets` distinguishes.
+        rows_are_documents: if False, the shard is one document, whose rows are encoded one by one.
         revision: of the dataset, where it is known.
     """
 
@@ -217,7 +217,7 @@ class HubSplit:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return ()  # a local folder's are told apart by `datasets` alone
+        return ()  # only `datasets` distinguishes a local folder's
 
     def pieces(self) -> Iterator[Piece]:
         if self.rows_are_documents:
@@ -267,9 +267,9 @@ def _check_encoding(path: Path, start: bytes) -> None:
 
 
 def _decode(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in blocks; a byte order mark at its start is no text."""
+    """The text of a UTF-8 file in blocks; a byte order mark at its start is dropped."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0  # in the (decompressed) file, of what the decoder has not taken yet
+    offset = 0  # in the (decompressed) file, of the bytes that are not decoded yet
     with open_binary(path) as file:
         while True:
             block = file.read(BLOCK_BYTES)

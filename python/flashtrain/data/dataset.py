@@ -1,12 +1,12 @@
 """Prepared datasets as training and validation read them.
 
 The order of training is a pure function: sample number n of a run depends on the datasets, their
-weights and the seed, and on nothing else. So a run may stop and go on anywhere, on any number of
+weights and the seed, and on nothing else. So a run may stop and continue anywhere, on any number of
 ranks, and see the same tokens in the same order.
 
-The tokens of a split are cut into windows of seq_len + 1, each starting at the last token of the
-one before: the inputs are its first seq_len tokens, the targets its last, and every token but the
-first is a target exactly once. The last partial window takes no part in training.
+The tokens of a split are cut into windows of seq_len + 1. Each window starts at the last token of
+the one before. The first seq_len tokens are the inputs and the last seq_len the targets, so every
+token but the first is a target exactly once. Training does not use the last partial window.
 
 Legend: B batch, T sequence, C documents of a window.
 """
@@ -91,8 +91,10 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what samples are made of: tokens, documents where they are masked, shares of a
-        mixture. It stays the same where folders are moved, renamed or copied."""
+        """A hash of the tokens, of the documents where they are masked, and of a mixture's shares.
+
+        It stays the same where folders are moved, renamed or copied.
+        """
         parts = [
             (source.manifest.fingerprint(documents=self.document_mask), share)
             for source, share in zip(self.sources, self._interleave.shares, strict=True)
@@ -104,7 +106,7 @@ class TokenDataset:
         return sum(source.num_windows for source in self.sources)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where samples are read from: indices into `sources`, and of their training windows.
+        """The places that samples are read from: indices into `sources`, and training windows.
 
         Samples are numbered through the run; each epoch of a source is another permutation of its
         windows, and a batch may end one epoch and begin the next.
@@ -162,7 +164,7 @@ class TokenDataset:
     def train_batch(
         self, step: int, global_batch_size: int, *, rank: int = 0, world_size: int = 1
     ) -> tuple[Tensor, ...]:
-        """The rank's share of a global step, whose batches are all of one size; `train_samples`."""
+        """The rank's share of a step, with all batches of one size; see `train_samples`."""
         if step < 0:
             raise DataError(f"step={step} must be at least 0")
         if global_batch_size < 1:
@@ -174,12 +176,12 @@ class TokenDataset:
     def val_batches(
         self, batch_size: int, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[Tensor, ...]]:
-        """The validation splits, one after the other, whole: of each, every token but the first is
-        a target once. Ranks take turns.
+        """The whole validation splits, one after the other; ranks read batches in turn.
 
-        Batches differ in their number of targets (the last windows may be fewer, and the very last
-        one shorter, in a batch of its own), so weigh each batch's mean loss by `targets.numel()`;
-        ranks may get different numbers of batches.
+        Every token of a split but the first is a target once. Batches differ in their number of
+        targets (the last windows may be fewer, and the very last one shorter, in a batch of its
+        own), so weigh each batch's mean loss by `targets.numel()`. Ranks may get different numbers
+        of batches.
 
         Yields:
             Batches as of `train_samples`, of at most batch_size windows.

@@ -1,4 +1,4 @@
-"""What a step trains on, in words: for inspecting data and for reports of trouble."""
+"""A step's samples in words, for inspecting data and for reports of skipped steps."""
 
 from collections.abc import Iterable
 

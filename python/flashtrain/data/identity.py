@@ -1,7 +1,7 @@
-"""What tells one text from another: the content of its files, not their names, sizes or times.
+"""The identity of a text is the content of its files, not their names, sizes or times.
 
-Reading all of a corpus takes minutes, so how its files look (sizes and times) is kept beside
-their checksums, and they are read again only where that has changed.
+Reading a whole corpus needs minutes. So the sizes and times of its files are stored beside their
+checksums, and the files are read again only where these have changed.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Content:
 
 
 def look(files: Files) -> str:
-    """A hash of how files look: it changes with every write to one of them, and with a copy.
+    """A hash of sizes and times: it changes with every write to a file, and with a copy.
 
     Raises:
         DataError: a file is not there.

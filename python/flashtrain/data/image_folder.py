@@ -1,4 +1,4 @@
-"""Folders of labelled images in ImageNet's layout: <split>/<class>/<image>, splits train and val.
+"""Folders of labeled images in ImageNet's layout: <split>/<class>/<image>, splits train and val.
 
 Images are decoded and augmented by torchvision in processes of their own. In training: a random
 crop of 8% to 100% of the area, mirrored half of the time, then RandAugment (Cubuk et al. 2020) with
@@ -55,7 +55,7 @@ class ImageFolder(ImageDataset):
     def _images(self, split: str, indices: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
         if self._pool is None:
             # Not forked: this process may hold threads and a GPU. Not multiprocessing's Pool, which
-            # waits for ever for what a process was to do that was killed.
+            # waits forever for the work of a process that was killed.
             self._pool = ProcessPoolExecutor(
                 self._workers,
                 mp_context=multiprocessing.get_context("spawn"),

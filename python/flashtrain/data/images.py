@@ -1,4 +1,4 @@
-"""Labelled images as training and validation read them.
+"""Labeled images as training and validation read them.
 
 The order of training is a pure function of seed and sample number, as for tokens (dataset.py), and
 so is each sample's augmentation: an image of epoch e is altered by random numbers that depend on
@@ -43,7 +43,7 @@ class ImageDataset(abc.ABC):
 
     @abc.abstractmethod
     def _train_images(self, indices: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Training images as they are altered in their epochs."""
+        """Training images with the augmentation of their epochs."""
 
     @abc.abstractmethod
     def _val_images(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -75,13 +75,13 @@ class ImageDataset(abc.ABC):
         return indices, epochs
 
     def name(self, index: int) -> str:
-        """What a training image is called in messages."""
+        """The name of a training image in messages."""
         return f"image {index}"
 
     def val_batches(
         self, batch_size: int, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The whole validation split in order; ranks take turns, the last batch may be smaller."""
+        """The whole validation split in order, shared by ranks; the last batch may be smaller."""
         for i, start in enumerate(range(0, self.num_val, batch_size)):
             if i % world_size == rank:
                 yield self._val_images(np.arange(start, min(start + batch_size, self.num_val)))
@@ -146,7 +146,7 @@ def load_images(
     image_size: int = 0,
     workers: int = 0,
 ) -> ImageDataset:
-    """Opens labelled images.
+    """Opens labeled images.
 
     Args:
         path: an image folder, see `ImageFolder`; where it is empty or None, `source` decides.

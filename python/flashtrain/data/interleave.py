@@ -1,4 +1,4 @@
-"""Mixes several sources by weight: which source each sample comes from, computed on the fly."""
+"""Mixes several sources by weight; the source of each sample is computed on the fly."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _FIRST_STREAM = 2**32
 class Interleave:
     """A pure function from a sample's number to its source and its number within that source.
 
-    Every `PERIOD` samples hold each source in the same numbers, in an order shuffled anew.
+    Every `PERIOD` samples hold the same number of samples of each source, shuffled again.
 
     Args:
         weights: positive; their ratios count.
@@ -29,7 +29,7 @@ class Interleave:
             raise ValueError(f"weights={list(weights)} must be positive numbers")
         exact = np.array(weights) / np.sum(weights) * PERIOD
         counts = np.floor(exact).astype(np.int64)
-        # What rounding down has left goes to the largest remainders.
+        # The samples that rounding down leaves go to the largest remainders.
         by_remainder = np.argsort(counts - exact, kind="stable")
         counts[by_remainder[: PERIOD - counts.sum()]] += 1
         if not counts.all():

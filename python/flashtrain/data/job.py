@@ -1,7 +1,7 @@
-"""What a preparation is of, so that a run which was killed goes on with the same text or notices.
+"""The record of a preparation, by which a run continues a killed one, or notices changed text.
 
-`<partial>/job.json` holds the settings, how the text's files looked, and a checksum for each shard.
-Where files have changed, the chunks of their shards are forgotten and made anew.
+`<partial>/job.json` holds the settings, a hash of the sizes and times of the text's files, and a
+checksum for each shard. Where files have changed, the chunks of their shards are made again.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from flashtrain.data.tokenizer import Tokenizer
 
 _JOB = "job.json"
 _OURS = ("chunks", "out", _JOB)
-# Of text whose checksums take a while: that is worth a line.
+# Of text whose checksums need enough time for a line to the user.
 _LARGE_BYTES = 2**30
 
 
 class Source(Protocol):
-    """Where a dataset's text comes from.
+    """The source of a dataset's text.
 
     Attributes:
         dataset: its name or description, as the user gave it.
@@ -39,7 +39,7 @@ class Source(Protocol):
     def tokenizer(self) -> str: ...
 
     def description(self) -> dict[str, Any]:
-        """How text is read, for the manifest; cheap to ask for, and without a network.
+        """How text is read, for the manifest; cheap to compute, without a network.
 
         Raises:
             DataError: the text is not there.
@@ -47,11 +47,11 @@ class Source(Protocol):
         ...
 
     def files(self) -> identity.Files:
-        """All local files that the text is in; none where it is elsewhere. Raises DataError."""
+        """All local files that hold the text; none where it is elsewhere. Raises DataError."""
         ...
 
     def revision(self) -> str | None:
-        """Which state of a remote dataset is the current one; None: not known."""
+        """The current commit of a remote dataset; None: not known."""
         ...
 
     def corpus(self, revision: str | None = None) -> Corpus:
@@ -83,7 +83,7 @@ def enter(
     chunk_chars: int,
     say: Callable[[str], None],
 ) -> tuple[Job, Corpus]:
-    """Begins, or takes up what an earlier run has left of the same preparation.
+    """Begins a preparation, or continues that of an earlier run.
 
     Raises:
         DataError: the text cannot be read, or what is there is of another preparation.
@@ -145,7 +145,7 @@ def _of_files(
 
 
 def read_content(files: identity.Files, say: Callable[[str], None]) -> identity.Content:
-    """`identity.read`, with a line where it takes a while."""
+    """`identity.read`, with a line where it needs time."""
     size = identity.total_bytes(files)
     if size >= _LARGE_BYTES:
         say(f"computing checksums of {size / 1e9:.1f} GB of text")
@@ -153,7 +153,7 @@ def read_content(files: identity.Files, say: Callable[[str], None]) -> identity.
 
 
 def _forget_changes(partial: Path, before: Job, job: Job) -> None:
-    """Removes the chunks of shards whose text is another now."""
+    """Removes the chunks of shards whose text has changed."""
     for split in before.shards:
         now = job.shards.get(split, [])
         changed = [
@@ -171,7 +171,7 @@ def _forget_changes(partial: Path, before: Job, job: Job) -> None:
 
 
 def _read(partial: Path) -> Job | None:
-    """What an earlier run was at; None: nothing, or it was removing all of it."""
+    """The job of an earlier run; None: there is none, or the run was removing all of it."""
     path = partial / _JOB
     if not (path.exists() and (partial / "out").exists()):
         return None
@@ -182,7 +182,7 @@ def _read(partial: Path) -> Job | None:
 
 
 def discard(partial: Path) -> None:
-    """Removes what a run has made, in such an order that what is left of it is not taken up.
+    """Removes the files of a run, in an order in which no later run continues from the rest.
 
     Raises:
         DataError: it holds something else.

@@ -1,4 +1,4 @@
-"""Opens datasets by path, name or mixture of names, and prepares what is missing.
+"""Opens datasets by path, name or mixture of names, and prepares those that are missing.
 
 Any number of processes may ask for the same dataset at once: one prepares it, the others wait.
 """
@@ -24,7 +24,7 @@ def load_dataset(
     document_mask: bool = False,
     verify: bool = False,
 ) -> TokenDataset:
-    """Opens prepared data, prepared first where that is needed.
+    """Opens prepared data, and prepares it first if it is missing.
 
     Args:
         path: a folder of prepared data, relative to the user's folder; where it is empty or None,
@@ -50,7 +50,7 @@ def parse_mixture(source: str) -> list[tuple[float, str]]:
     """Weights and datasets of "0.7*openwebtext,0.3*wikitext103"; one without a weight is itself.
 
     Raises:
-        DataError: it is a mixture by its beginning but not in the rest.
+        DataError: it begins like a mixture but is none.
     """
     if not _WEIGHTED.fullmatch(source):
         return [(1.0, source)]

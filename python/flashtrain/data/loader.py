@@ -1,8 +1,8 @@
 """Brings batches to the device ahead of time: reading, pinning and copying overlap the steps.
 
 While a step computes, a thread reads the next batch from the memory map (from a disk, if it must)
-into pinned memory and a stream of its own copies it to the device. Asking for a batch then waits
-for neither disk nor host: the device's own stream waits for the copy, which is long done.
+into pinned memory, and a separate stream copies it to the device. A call for a batch then waits for
+neither disk nor host: the device's own stream waits for the copy, which was done long before.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class BatchLoader:
         self._ahead: tuple[int, Future[tuple[Tensor, ...]]] | None = None
 
     def next(self, count: int, *, next_count: int | None = None) -> tuple[Tensor, ...]:
-        """The rank's share of the next `count` samples, on the device; begins to load what follows.
+        """The rank's share of the next `count` samples, on the device; loads the next one.
 
         Args:
             count: samples of this batch on all ranks.

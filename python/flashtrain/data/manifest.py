@@ -1,6 +1,6 @@
 """The manifest of a folder of prepared data, see docs/data_format.md.
 
-A manifest may come from anywhere: what it says is checked before anything is sized or opened by it.
+A manifest may come from anywhere: its fields are checked before they size or open anything.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Manifest:
         tokenizer: name for `get_tokenizer`.
         vocab_size: token ids are 0..vocab_size-1.
         dtype: of the token files, a key of `DTYPES`.
-        source: where the text came from, free form.
+        source: the origin of the text, in any form.
         splits: by name, at least "train" and "val".
         tokenizer_sha256: of all that decides which tokens a text becomes; older folders lack it.
     """
@@ -66,8 +66,10 @@ class Manifest:
     tokenizer_sha256: str | None = None
 
     def fingerprint(self, *, documents: bool = False) -> str:
-        """A hash of what training reads: equal for the same tokens wherever they are, whatever
-        their files and their source are called; with `documents`, of their ends too."""
+        """A hash of the tokens, and with `documents` of the ends of documents.
+
+        It depends neither on the place of the folder nor on the names of files and source.
+        """
         contents: list[Any] = [self.tokenizer, self.vocab_size, self.dtype]
         for name in SPLITS:
             split = self.splits[name]
@@ -208,5 +210,5 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a damaged folder: never to delete it, it may hold something else."""
+    """Advice for a damaged folder: never to delete it, since it may hold something else."""
     return f"move {folder} away and prepare the data again, or copy it again from where it is whole"

@@ -1,4 +1,4 @@
-"""Where data is on the user's disk."""
+"""Paths of data on the user's disk."""
 
 import glob
 import os
@@ -9,7 +9,7 @@ from flashtrain.data.errors import DataError, cannot_read
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """The absolute form of `path`, with ~ expanded and relative to the folder that the user is in.
+    """The absolute form of `path`, with ~ expanded, relative to the user's current folder.
 
     `bazel run` starts programs in their runfiles folder and passes the user's in
     BUILD_WORKING_DIRECTORY.
@@ -41,7 +41,7 @@ def cache_dir(source: str) -> Path:
 
 
 def user_pattern(pattern: str) -> str:
-    """The absolute form of a glob, as of `user_path`: what stands before it is no pattern."""
+    """The absolute form of a glob, as of `user_path`: the part before it is no pattern."""
     head, slash, tail = pattern.partition("/")
     if head.startswith("~"):
         return glob.escape(str(user_path(head))) + slash + tail
@@ -49,7 +49,7 @@ def user_pattern(pattern: str) -> str:
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """The files that match an absolute glob, in alphabetical order; folders are passed over.
+    """The files that match an absolute glob, in alphabetical order; folders are skipped.
 
     Raises:
         DataError: a match is neither a file nor a folder, or a folder cannot be searched: leaving
@@ -59,7 +59,7 @@ def matching_files(pattern: str) -> list[Path]:
     for length in range(1, len(parts)):
         if not glob.has_magic(parts[length]):
             continue
-        # glob itself passes over folders that it may not read.
+        # glob itself skips folders that it may not read.
         for folder in glob.iglob(os.path.join(*parts[:length]), recursive=True):
             if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
                 raise DataError(f"cannot read {folder}: permission denied")

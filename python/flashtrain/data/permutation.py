@@ -1,11 +1,11 @@
 """A keyed pseudo-random permutation of 0..size-1, computed on the fly.
 
-A shuffle of The Pile's 1.8e8 windows as an index array would take 1.5 GB on every rank. Here the
+A shuffle of The Pile's 1.8e8 windows as an index array would need 1.5 GB on every rank. Here the
 image of any index is computed alone, in constant memory: a balanced Feistel network permutes the
 smallest domain of an even number of bits that holds `size`, and an image outside 0..size-1 is
 permuted again until it falls inside ("cycle walking", Black and Rogaway 2002,
-https://eprint.iacr.org/2001/012). The domain is less than four times `size` (but for size 1), so an
-index takes fewer than four walks on average.
+https://eprint.iacr.org/2001/012). Except for size 1, the domain is less than four times `size`, so
+an index needs fewer than four walks on average.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ _ROUNDS = 6
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64: a bijection of uint64, every bit depends on every bit."""
+    """The finalizer of SplitMix64: a bijection of uint64, every bit depends on every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

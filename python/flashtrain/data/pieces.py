@@ -1,10 +1,9 @@
 """Cuts long texts where the tokenizer would cut them too.
 
 A tokenizer's regular expression runs out of stack on a million blanks, and a text of 100 MB would
-need gigabytes while it is encoded. GPT-2's pattern lets a white space follow only white space
-within a token, or begin one: so before a blank or line break that follows something else no token
-ends differently for what comes after it, and the pieces on both sides have the tokens that the
-whole would have.
+need gigabytes while it is encoded. In GPT-2's pattern, white space begins a token or follows white
+space within one. So the tokens before a blank or line break that follows another character do not
+depend on the text after it: the pieces on both sides have the tokens of the whole.
 """
 
 import re
@@ -15,7 +14,7 @@ PIECE_CHARS = 2**18
 
 # Python's \S excludes all white space of Unicode and a few control characters more.
 _BOUNDARY = re.compile(r"(?<=\S)[ \n]")
-# Boundaries lie a word apart in text: only its end is searched first.
+# In text, boundaries are a word apart, so only the end of a piece is searched first.
 _TAIL = 2**12
 
 

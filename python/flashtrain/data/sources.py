@@ -1,4 +1,4 @@
-"""Datasets by name: where their text comes from, and their prepared folders.
+"""Datasets by name: the sources of their text, and their prepared folders.
 
 | source                    | text                                                            |
 |---------------------------|-----------------------------------------------------------------|
@@ -42,7 +42,7 @@ from flashtrain.data.shakespeare import (
 from flashtrain.errors import did_you_mean
 
 _GPT2 = "gpt2"
-# Small files are read by the hundred: a shard has a record of its own.
+# Small files are read by the hundred, since each shard has its own record.
 _SHARD_BYTES = 2**26
 _SHARD_FILES = 1000
 
@@ -59,7 +59,7 @@ class HubSource:
     tokenizer: str = _GPT2
 
     def description(self) -> dict[str, Any]:
-        name = None if self._folder() else self.name  # a folder is known by its content
+        name = None if self._folder() else self.name  # a folder is identified by its content
         known = {"hub": name, "config": self.config, "column": self.column}
         return {key: value for key, value in known.items() if value is not None}
 
@@ -105,7 +105,7 @@ class FileSource:
         patterns: absolute globs by split; a split "test" may be missing.
         shards: from the files of a split.
         reading: how text is read from them, for the manifest.
-        hint: what to do where files are missing.
+        hint: advice where files are missing.
     """
 
     dataset: str
@@ -274,7 +274,7 @@ def prepare(dataset: str, folder: Path | None = None, *, workers: int = 0) -> Su
     Args:
         dataset: a name or description, see above.
         folder: of the prepared data; None: ${DATA_DIR}/<name>, else ./data/<name>.
-        workers: processes that tokenise; 0: one for each core.
+        workers: processes that tokenize; 0: one for each core.
 
     Raises:
         DataError: the dataset is unknown or cannot be prepared.

@@ -2,7 +2,7 @@
 
 A folder of prepared data holds `manifest.json` and for each split a raw little-endian integer file
 of tokens and, where the documents are known, one of their ends. It is written beside its final
-place and put there with its manifest last, so a folder that has one is whole.
+place and moved there with its manifest last, so a folder with a manifest is whole.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from flashtrain.data.workplace import beside, check_free, has_manifest, make_par
 
 ENDS_DTYPE = np.dtype("<u8")
 
-# Checksums of larger files are not computed at every start: reading 17 GB takes a minute.
+# Checksums of larger files are not computed at every start: reading 17 GB needs a minute.
 VERIFY_AT_LOAD_BYTES = 256 * 2**20
 
 _BLOCK = 2**24  # tokens checked at a time
@@ -100,9 +100,9 @@ def write_token_files(
 
 
 def remove_abandoned(out_dir: Path) -> None:
-    """Removes what processes have left that were killed in `write_token_files`, where it can be.
+    """Removes, where it can, the files of processes that were killed in `write_token_files`.
 
-    Where the file system has no locks nobody knows whether they are at work, and all of it stays.
+    On a file system without locks these processes may still be at work, so all of it stays.
     """
     prefix = beside(out_dir, "writing-")
     with contextlib.suppress(OSError):
@@ -117,7 +117,7 @@ def remove_abandoned(out_dir: Path) -> None:
 def _staging(out_dir: Path) -> Iterator[Path]:
     """A new folder beside `out_dir`, removed in the end unless it was renamed.
 
-    It is locked as long as its process lives, which tells it from an abandoned one.
+    It is locked for as long as its process lives; an abandoned folder is not.
     """
     prefix = beside(out_dir, "writing-")
     while True:
@@ -189,8 +189,10 @@ def check_tokens(tokens: np.ndarray, manifest: Manifest, file: Path) -> None:
 def open_documents(
     folder: Path, manifest: Manifest, name: str, *, verify: bool = False
 ) -> np.ndarray | None:
-    """A read-only memory map, uint64 [documents], of where each document of a split ends: the
-    number of tokens up to and with its last; None where the folder has no index of documents.
+    """A read-only memory map, uint64 [documents], of the ends of a split's documents.
+
+    An end is the number of tokens up to and including the document's last one. None where the
+    folder has no index of documents.
 
     Raises:
         DataError: as for `open_split`, or the last one does not end where the tokens do.

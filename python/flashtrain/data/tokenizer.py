@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8 as tokens: no vocabulary to learn, no text that it cannot hold."""
+    """The 256 bytes of UTF-8 as tokens: no vocabulary to learn, and every text has tokens."""
 
     name = "bytes"
     vocab_size = 256
@@ -61,7 +61,7 @@ class ByteTokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the bytes; what is not valid UTF-8, or no byte at all, becomes U+FFFD.
 
-        A model with a larger vocabulary than its data's may well sample tokens that are no bytes.
+        A model with a larger vocabulary than its data's may sample tokens that are no bytes.
         """
         never_in_utf8 = 0xFF
         data = bytes(t if 0 <= t < self.vocab_size else never_in_utf8 for t in tokens)

@@ -1,7 +1,7 @@
-"""The processes that read and tokenise a corpus: readers cut shards into chunks of text, encoders
+"""The processes that read and tokenize a corpus: readers cut shards into chunks of text, encoders
 turn them into chunk files.
 
-Reading takes a few percent of the time of encoding, so few readers keep all encoders busy. A
+Reading needs a few percent of the time of encoding, so few readers keep all encoders busy. A
 chunk's text waits in a short queue: memory does not grow with the corpus.
 """
 
@@ -37,16 +37,16 @@ from flashtrain.data.token_files import dtype_for
 from flashtrain.data.tokenizer import get_tokenizer
 
 # A reader serves this many encoders: it parses JSON and hands text on at over 150 MB/s, an encoder
-# takes 5 to 15.
+# processes 5 to 15 MB/s.
 ENCODERS_PER_READER = 8
 _POLL_SECONDS = 1.0
-# Of 107: what is left is for the folder and the file that multiprocessing makes within.
+# Of 107: the rest is for the folder and the file that multiprocessing makes within.
 _SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What every process is told."""
+    """The work, as every process gets it."""
 
     corpus: Corpus
     tokenizer: str
@@ -56,7 +56,7 @@ class Work:
 
 @dataclasses.dataclass
 class Done:
-    """What this run has tokenised so far."""
+    """The numbers that this run has tokenized so far."""
 
     documents: int = 0
     tokens: int = 0
@@ -69,7 +69,7 @@ class Done:
 
 
 def context() -> Any:
-    """Processes forked from a helper that has no threads, whatever this process has running.
+    """Processes forked from a helper without threads, whatever threads this process has.
 
     Raises:
         DataError: this machine or environment cannot have any.
@@ -154,7 +154,7 @@ def tokenize(work: Work, num_encoders: int, progress: Callable[[Done], None]) ->
     num_readers = min(len(shards), -(-num_encoders // ENCODERS_PER_READER))
     team = _Team()
     texts = team.context.Queue(num_readers + 1)
-    texts.cancel_join_thread()  # after an error nobody may be left to take what this process put
+    texts.cancel_join_thread()  # after an error nobody may be left to read the queue
     next_shard = team.context.Value("q", 0)
     try:
         for _ in range(num_readers):
@@ -197,7 +197,7 @@ class _Team:
         process = self.context.Process(target=_run, args=(role, theirs, *arguments), daemon=True)
         try:
             process.start()
-        except BrokenPipeError:  # it did not live to be told what to do
+        except BrokenPipeError:  # it died before it got its work
             raise DataError(_death("was killed as it began")) from None
         except OSError as error:
             raise cannot_start(error) from error
@@ -205,7 +205,7 @@ class _Team:
         self._members[ours] = process
 
     def messages(self) -> list[tuple[str, Any]]:
-        """What has come within a second."""
+        """The reports that have come within a second."""
         messages: list[tuple[str, Any]] = []
         ready: list[Any] = wait(list(self._members), timeout=_POLL_SECONDS)
         for connection in ready:
@@ -258,7 +258,7 @@ def _report(reports: Connection, error: str) -> None:
 def _read(
     reports: Connection, work: Work, shards: list[tuple[str, int]], next_shard: Any, texts: Any
 ) -> None:
-    """Takes one shard after the other; queues the text of each chunk that is not done."""
+    """Reads one shard after the other; queues the text of each chunk that is not done."""
     while True:
         with next_shard.get_lock():
             number = next_shard.value
@@ -280,7 +280,7 @@ def _read(
 
 
 def _encode(reports: Connection, work: Work, texts: Any) -> None:
-    """Tokenises chunks until there are no more."""
+    """Tokenizes chunks until there are no more."""
     tokenizer = get_tokenizer(work.tokenizer)
     dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
     end_of_text = tokenizer.end_of_text if work.corpus.end_of_text else None

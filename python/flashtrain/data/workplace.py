@@ -1,13 +1,13 @@
-"""Where prepared data is made, and how it appears in its folder: all of it in one go.
+"""The place where prepared data is made, from which it appears in its folder in one go.
 
     <folder>                            the prepared data
     .<folder>.partial/, .<folder>.lock  beside it while it is made
     <folder>/.partial/, <folder>/.lock  within it where the folder was there, empty: it may be a
                                         mount point, which cannot be replaced
 
-A run holds the lock, and the next one goes on with what it has left. On a file system without locks
-the processes of one machine lock a file in its temporary folder instead, and each machine works in
-a folder of its own, `.<folder>.partial-<machine>`: whichever is ready first puts its data in place.
+A run holds the lock, and the next one continues its work. On a file system without locks, the
+processes of one machine lock a file in its temporary folder instead, and each machine works in its
+own folder, `.<folder>.partial-<machine>`. The first one that is ready puts its data in place.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from flashtrain.data.errors import DataError, cannot_read
 from flashtrain.data.manifest import MANIFEST, Manifest
 
 _POLL_SECONDS = 0.5
-# What a mount point holds before anybody has written to it.
+# The names in a mount point before anybody has written to it.
 _OF_THE_SYSTEM = ("lost+found",)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether something was prepared there, whatever it is."""
+    """Whether something was prepared there, of any kind."""
     return os.path.lexists(folder / MANIFEST)
 
 
@@ -45,7 +45,7 @@ def beside(folder: Path, name: str) -> Path:
 
 
 def check_free(folder: Path) -> None:
-    """Raises DataError where the folder holds something, which is somebody's, or cannot be one."""
+    """Raises DataError where the folder holds files of others, or cannot be a folder."""
     try:
         names = [] if not os.path.lexists(folder) else os.listdir(folder)
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def occupied(folder: Path, say: Callable[[str], None]) -> Iterator[Path]:
     The system releases the lock however this process ends.
 
     Args:
-        say: is told that this has to wait.
+        say: called with a line if this has to wait.
 
     Raises:
         OSError: nothing can be written there.
@@ -112,7 +112,7 @@ def occupied(folder: Path, say: Callable[[str], None]) -> Iterator[Path]:
 
 
 def _wait_for(file: IO[Any] | int, say: Callable[[str], None]) -> bool:
-    """Takes a lock; False on a file system without locks."""
+    """Acquires a lock; False on a file system without locks."""
     waiting = False
     while True:
         try:
@@ -143,8 +143,8 @@ def _machine() -> str:
 def publish(out: Path, folder: Path) -> bool:
     """Puts the files of `out` in place as `folder`; the manifest, which makes it whole, last.
 
-    Of several processes that do so at once one wins, with or without locks: a folder is renamed
-    whole, and into one that exists the first file can be linked by one of them alone.
+    If several processes do so at once, one wins, with or without locks: a folder is renamed as a
+    whole, and only one process can link the first file into a folder that exists.
 
     Returns:
         Whether it was this one.

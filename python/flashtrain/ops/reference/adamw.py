@@ -33,7 +33,10 @@ def adamw_step(
 
 
 def current_master(param: Tensor, master: Tensor) -> Tensor:
-    """The float32 master that a step starts from: where the parameter is not the master rounded,
-    bit for bit, it was written since, and is what counts."""
+    """The float32 master that a step starts from.
+
+    Where the parameter is not the rounded master, bit for bit, it was written since the last step,
+    and the step starts from it.
+    """
     same = master.to(param.dtype).view(torch.int16) == param.view(torch.int16)
     return torch.where(same, master, param.float())

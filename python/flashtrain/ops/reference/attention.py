@@ -1,4 +1,4 @@
-"""Scaled dot product attention in plain torch, materialising the scores."""
+"""Scaled dot product attention in plain torch, which stores the scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def visible_keys(
 ) -> Tensor:
     """Which keys a query sees, bool [seqlen_q, seqlen_k]; -1 in window_size: no limit.
 
-    The last query sits at the last key (bottom right alignment).
+    The last query is at the position of the last key (bottom right alignment).
     """
     position = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
     key = torch.arange(seqlen_k, device=device)[None, :]
@@ -39,11 +39,11 @@ def attention_scores(
 ) -> Tensor:
     """softcap * tanh(scale * q k^T / softcap) - slope * |distance|; -inf where a key is not seen.
 
-    Without softcap scale * q k^T.
+    Without softcap, the first term is scale * q k^T.
 
     Args:
       q: [B, Sq, H, D].
-      k: [B, Sk, Hk, D], H a multiple of Hk: neighbouring query heads share a key head.
+      k: [B, Sk, Hk, D], H a multiple of Hk: neighboring query heads share a key head.
       window_size: keys seen before and after the query's position; -1: all.
       alibi_slopes: [H] or [B, H].
 
@@ -123,8 +123,8 @@ def attention_keep_mask(
 ) -> Tensor:
     """The dropout mask [B, H, Sq, Sk] of our kernels.
 
-    Of row (first_row + b * Sq + i) * H + h and column j of `dropout_mask`; first_row is where the
-    first sequence begins in q (cu_seqlens).
+    Element (b, h, i, j) is that of row (first_row + b * Sq + i) * H + h and column j in
+    `dropout_mask`; first_row is the row of q where the first sequence begins (cu_seqlens).
     """
     begin = first_row * num_heads
     rows = dropout_mask(rng_state, begin + batch * seqlen_q * num_heads, seqlen_k, dropout_p)

@@ -18,8 +18,8 @@ def cross_entropy_loss(
 ) -> tuple[Tensor, Tensor]:
     """The losses and z-losses of rows of logits [..., V].
 
-    Arithmetic is float32, from the logits on, as one writes it in torch; or `compute_dtype`: see
-    the package's docstring.
+    Arithmetic is float32, from the logits on, as one writes it in torch, or `compute_dtype` (see
+    the package's docstring).
     """
     x = logits[..., :vocab_size].to(compute_dtype or torch.float32) * logit_scale
     lse = torch.logsumexp(x, -1)
@@ -49,8 +49,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The loss and z-loss, reduced, of logits = hidden @ weight.T + bias.
 
-    `options` and `compute_dtype` as in `cross_entropy_loss`; without the latter the logits are in
-    the dtype of hidden.
+    `options` and `compute_dtype` are as in `cross_entropy_loss`. Without the latter, the logits
+    have the dtype of hidden.
     """
     dtype = compute_dtype or hidden.dtype
     logits = torch.nn.functional.linear(

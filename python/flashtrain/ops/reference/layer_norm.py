@@ -91,7 +91,7 @@ def parallel_residual(
 ) -> list[Tensor]:
     """x = dropout(x0) + dropout(x1) + residual: [z0, z1, x], or [z0, x] without weight1.
 
-    Arguments as of `dropout_add_layer_norm`, one weight, bias and mask for each branch.
+    The arguments are those of `dropout_add_layer_norm`, one weight, bias and mask for each branch.
     """
     ones = torch.ones_like(weight0)
 
