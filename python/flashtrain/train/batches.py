@@ -1,7 +1,7 @@
-"""How many samples a step takes, which ones, and how ranks cut them into micro batches.
+"""The samples of each step, and how ranks cut them into micro batches.
 
 The global batch never depends on the hardware: global = micro * accumulation * ranks. Samples are
-numbered through the run, so a step's are `first_sample(step)` and those that follow.
+numbered through the run, so a step's samples are `first_sample(step)` and those after it.
 
 Batch-size ramp (Brown et al. 2020, section 2.3): over the first `batch_ramp_steps` steps the global
 batch grows from f = `batch_ramp_from` to `global_batch_size` in equal stages of f, 2 f, 3 f, ...
@@ -57,7 +57,7 @@ class BatchPlan:
         return self._stage(step).size
 
     def first_sample(self, step: int) -> int:
-        """Number of the first sample of a step; also how many samples the steps before took."""
+        """Number of a step's first sample; also the number of samples of the steps before."""
         stage = self._stage(step)
         return stage.first_sample + (step - stage.first_step) * stage.size
 
@@ -72,7 +72,7 @@ class BatchPlan:
 
     @property
     def accumulates(self) -> bool:
-        """Whether some step takes several micro batches."""
+        """Whether some step has several micro batches."""
         return any(stage.cut.accumulation > 1 for stage in self._stages)
 
     def micro_batch_samples(self, step: int, index: int) -> range:

@@ -11,7 +11,7 @@ from flashtrain.train.config import RunConfig
 
 
 def build_dataset(config: RunConfig) -> TokenDataset:
-    """Loads the data; of the ranks that find it missing one prepares it and the others wait."""
+    """Loads the data; if it is missing, one rank prepares it and the others wait."""
     options = {key: value for key, value in config.data.items() if key != "batch_size"}
     known = list(inspect.signature(load_dataset).parameters)
     for key in options:
@@ -24,8 +24,10 @@ def build_dataset(config: RunConfig) -> TokenDataset:
 
 
 def build_gpt(config: RunConfig) -> GPT:
-    """A model on the CPU, in fp32, with freshly drawn weights; reads data only for its vocabulary,
-    where the config leaves that open."""
+    """A model on the CPU, in fp32, with freshly drawn weights.
+
+    The data is read only for its vocabulary, if the config does not give one.
+    """
     vocab_size = config.model.get("vocab_size") or build_dataset(config).vocab_size
     return _build_gpt(config, vocab_size)
 

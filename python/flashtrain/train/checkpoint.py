@@ -1,25 +1,25 @@
-"""Checkpoints that are whole or not there, and can be read by any number of ranks.
+"""Checkpoints that are whole or absent, and that any number of ranks can read.
 
 A checkpoint is a folder `step_<number>` with
 
     rank_<number>.safetensors   tensors that one rank held
-    manifest.json               format, step, size and SHA-256 of each file, where in its parameter
-                                a piece begins (`first_rows`), config, versions, data, and all state
-                                that is no tensor; its own SHA-256 over the rest
+    manifest.json               format, step, size and SHA-256 of each file, the row of its
+                                parameter where a piece begins (`first_rows`), config, versions,
+                                data, and all state that is no tensor; its own SHA-256 over the rest
 
 Tensors are called `model.<parameter>`, `optimizer.<parameter>.<exp_avg, exp_avg_sq, step>` and
 `ema.<parameter>`. saver.py writes them: beside their final place, fsynced, renamed, so a process
 killed at any moment leaves the whole checkpoint or a `.tmp-step_*` folder. A file that was cut or
-altered later no longer has its checksum, and `newest` passes over the checkpoint.
+altered later no longer has its checksum, and `newest` skips the checkpoint.
 
-In a run's folder only the name `step_<number>` counts, and only with that step in it; users may put
-anything beside. One checkpoint, given by its path, may have any name or be a link.
+In a run's folder, only names `step_<number>` count, and only with that step in them; users may put
+other files there. A single checkpoint, given by its path, may have any name or be a link.
 
-Every rank writes what it holds (an equal part of what all hold), so that no rank needs memory for
-the state of the others; reading, a rank takes the rows it wants out of whichever files have them.
-torch.distributed.checkpoint does that too, but its index is a pickle, which runs code when it is
-loaded, and its safetensors storage knows tensors only, without checksums or a commit; safetensors
-and JSON cannot run code and are read without torch.
+Every rank writes the tensors that it holds (of those that all hold, an equal part), so no rank
+needs memory for the state of the others. A rank reads the rows that it needs from the files that
+have them. torch.distributed.checkpoint does that too, but its index is a pickle, which runs code
+when it is loaded, and its safetensors storage has tensors only, without checksums or a commit.
+safetensors and JSON cannot run code and are read without torch.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the run saved besides tensors."""
+        """The saved state of the run, except tensors."""
         return self.section("state")
 
     def section(self, name: str) -> dict[str, Any]:
@@ -191,8 +191,8 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint, or None if there is no checkpoint at all.
 
     Args:
-        folder: holds the checkpoints of one run, which may be going on and remove old ones.
-        warn: called with one line for each damaged checkpoint passed over.
+        folder: holds the checkpoints of one run, which may still be running and remove old ones.
+        warn: called with one line for each damaged checkpoint that is skipped.
 
     Raises:
         UserError: there are checkpoints and every one is damaged.
@@ -276,7 +276,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def paths(folder: Path) -> list[Path]:
-    """Whatever is called `step_<number>`, whole or damaged, the largest number first.
+    """All paths named `step_<number>`, whole or damaged, the largest number first.
 
     Raises:
         UserError: the folder cannot be read.
@@ -296,7 +296,7 @@ def _step_of(path: Path) -> int:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames what stands where a checkpoint belongs to a free name beside it, which it returns."""
+    """Renames the path in the place of a checkpoint to a free name beside it; returns that."""
     for number in itertools.count(1):
         aside = path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")
         if not os.path.lexists(aside):
@@ -305,7 +305,7 @@ def set_aside(path: Path) -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes have left of saves, and nothing else."""
+    """Removes the unfinished saves of killed processes, and nothing else."""
     for path in folder.glob(".tmp-*"):
         if _UNFINISHED.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink():
@@ -315,7 +315,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def prune(folder: Path, *, step: int, newest: int, best: int, every: int) -> None:
-    """Removes all checkpoints but some. What no save has written stays, and does not count.
+    """Removes all checkpoints but some. Paths that no save has written stay, and do not count.
 
     Args:
         step: of the checkpoint just written. Later ones were damaged when the run began: they stay
@@ -335,7 +335,7 @@ def prune(folder: Path, *, step: int, newest: int, best: int, every: int) -> Non
             continue
         with contextlib.suppress(FileNotFoundError):  # a user has moved it elsewhere
             if _is_only_ours(old):
-                # Renamed first: what is left of a removal that was cut short is no checkpoint.
+                # Renamed first: the rest of an interrupted removal is no checkpoint.
                 shutil.rmtree(old.path.rename(folder / f".tmp-old-{old.path.name}"))
 
 

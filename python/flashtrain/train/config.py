@@ -1,8 +1,8 @@
-"""What a run is made of: plain dataclasses, checked before anything is started.
+"""The config of a run: plain dataclasses, checked before anything is started.
 
-The sections `trainer` and `optim` belong to this package. `model` and `data` are mappings that are
-handed on to the run's task (task.py), which checks their keys; of them the trainer itself reads
-`data.batch_size` only, the largest micro batch; 0, the default, takes the largest that fits.
+The sections `trainer` and `optim` belong to this package. `model` and `data` are mappings for the
+run's task (task.py), which checks their keys. Of these two, the trainer itself reads only
+`data.batch_size`, the largest micro batch; 0, the default, means the largest that fits.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _CHOICES = {
     "trainer.strategy": STRATEGIES,
     "trainer.reduce_dtype": REDUCE_DTYPES,
 }
-# Of numbers whose least is not 0 or whose most is not what 64 bits or fp32 hold.
+# Of numbers whose minimum is not 0, or whose maximum is not that of 64 bits or fp32.
 _RANGES = {
     "trainer.max_steps": Range(1, 2**40),  # times the batch: the number of a sample, an int64
     "trainer.global_batch_size": Range(1, 2**22),
@@ -90,7 +90,7 @@ class TrainerConfig:
     strategy: str = (
         "ddp"  # how ranks share the work and the state, see flashtrain/train/strategy.py
     )
-    reduce_dtype: str = "fp32"  # in which ranks sum gradients: bf16 halves what they send
+    reduce_dtype: str = "fp32"  # in which ranks sum gradients; bf16 halves the bytes sent
     batch_ramp_from: int = 0  # global batch of the first steps, see batches.py; 0: no ramp
     batch_ramp_steps: int = 0  # steps until the global batch is global_batch_size
     precision: str = "fp32"  # see flashtrain/train/precision.py
@@ -174,7 +174,7 @@ def contradictions(
 
     Args:
         saved, now: `RunConfig.to_dict()`. Keys in `RESUMABLE_KEYS` may differ.
-        model_class: the dataclass of section `model`. A key that a checkpoint does not know yet
+        model_class: the dataclass of section `model`. A key that the checkpoint does not have
             stands for its default.
     """
     saved_flat, now_flat = _flatten(saved), _flatten(now)

@@ -1,7 +1,7 @@
-"""What a program says to its user, whether or not anyone is left to hear it.
+"""A program's lines to its user, who may be gone.
 
-A terminal is closed, or what reads a pipe ends (tee does at the Ctrl-C that asks a run to save):
-that is no reason to fail. Files that are redirected to and cannot be written still are one.
+A closed terminal, or the end of a pipe's reader (tee ends at the Ctrl-C that asks a run to save),
+is no reason to fail. A redirection to a file that cannot be written still is one.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ _NOBODY_THERE = (errno.EPIPE, errno.EIO)
 
 
 def say(text: str) -> None:
-    """Prints lines to stderr, in one piece: those of other processes come before or after."""
+    """Prints lines to stderr in one piece, which lines of other processes do not interrupt."""
     with heard_or_not(sys.stderr):
         print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
@@ -29,7 +29,7 @@ def answer(text: str) -> None:
 
 @contextlib.contextmanager
 def heard_or_not(stream: IO[str]) -> Iterator[None]:
-    """Around what writes to `stream` and flushes it: an error for want of a reader is dropped."""
+    """Around code that writes to `stream` and flushes it; drops errors of a gone reader."""
     try:
         yield
     except OSError as error:
@@ -49,7 +49,7 @@ def reader_has_left() -> bool:
 
 
 def drop_unwritten() -> None:
-    """Before the end, at which Python would fail once more for what could not be written."""
+    """Call it before the end, where Python would fail once more for the unwritten output."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError), heard_or_not(stream):
             stream.flush()

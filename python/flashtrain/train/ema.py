@@ -2,7 +2,7 @@
 
     average <- decay * average + (1 - decay) * weights        after every step
 
-in fp32, from the first weights on. A step that was skipped counts, with the weights as they are.
+in fp32, starting from the first weights. A skipped step counts, with unchanged weights.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Ema:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the average where the weights are, and back in the end."""
+        """Swaps the average with the weights, and back at the end."""
         self._swap()
         try:
             yield

@@ -1,11 +1,10 @@
-"""What a run will take, before it is started: memory, operations, tokens, hours.
+"""The needs of a run before it is started: memory, operations, tokens, hours.
 
 Memory is found by running a step of the model on fake tensors, which have shapes and no data, under
 torch's MemTracker: every allocation of PyTorch is followed, on any machine. Blocks are the same, so
 a model of two blocks and one of three give the memory of any number of them. The chunk of logits
-that the fused head allocates inside its op is added. Two things are not counted, as
-torch.cuda.max_memory_allocated does not count them: the CUDA context (about 0.5 GB) and what the
-caching allocator holds in reserve.
+that the fused head allocates inside its op is added. Like torch.cuda.max_memory_allocated, the
+estimate does not count the CUDA context (about 0.5 GB) and the reserve of the caching allocator.
 
     estimate(config, ranks=8, device_memory=80 * 10**9, peak_flops=989e12)
     largest_micro_batch(config, ranks=8, device_memory=80 * 10**9)
@@ -44,7 +43,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # what the backward pass needs, and what is at work
+    activations: int  # saved for the backward pass, or in use
     logits: int
 
     @property
@@ -232,7 +231,7 @@ def _with_memory(model: nn.Module) -> Any:
 
 
 def _batch(config: RunConfig, micro: int, model: Any) -> tuple[Tensor, Tensor]:
-    """What the model takes in training; zeros."""
+    """The inputs of the model in training; zeros."""
     if isinstance(model, ViT):
         of = model.config
         images = torch.zeros(micro, of.num_channels, of.image_size, of.image_size)
@@ -285,7 +284,7 @@ def _peak_without_parameters(
     from torch.distributed._tools.mem_tracker import MemTracker
 
     with FakeTensorMode():
-        # No attention kernel for GPUs keeps a mask, but torch's for CPUs, which is traced, would.
+        # torch's kernel for CPUs, which is traced, keeps a mask; attention on GPUs does not.
         model = _with_memory(_build(config, num_layers=num_layers, attn_dropout=0.0))
         if low_weights:
             for parameter in model.parameters():
@@ -307,7 +306,7 @@ def _peak_without_parameters(
 
 
 def _logits_bytes(config: RunConfig, micro: int) -> int:
-    """Of the fused head one chunk; else the logits, these in fp32, and their log-probabilities.
+    """One chunk of a fused head; otherwise logits, the same in fp32, and log-probabilities.
 
     A ViT has so few that they count as activations.
     """

@@ -25,7 +25,7 @@ def validate(
 
     Args:
         batch_size: samples at a time on each rank.
-        interrupted: asked before each batch; where it holds on any rank, there is no result.
+        interrupted: called before each batch; if it is true on any rank, there is no result.
 
     Returns:
         The means, or None if some rank was interrupted.

@@ -1,4 +1,4 @@
-"""What a run measures of its model between steps and at its end: loss, benchmarks, a sample."""
+"""Measurements of a run's model between steps and at the end: loss, benchmarks, a sample."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ from flashtrain.train.task import Task
 
 
 class Evaluation:
-    """Measures the model of a run, with its averaged weights where they are kept.
+    """Measures the model of a run, with its averaged weights if there are any.
 
     Args:
         micro_batch: samples at a time on each rank.
@@ -38,7 +38,7 @@ class Evaluation:
         self._state = state
         self._precision = precision
         self._micro_batch = micro_batch
-        # Relative files are found for as long as the run goes on, whatever becomes of the folder.
+        # Absolute now, since the current folder may change during the run.
         self._benchmarks = {name: file.absolute() for name, file in benchmarks.items()}
         self._sample: str | None = None
 
@@ -84,7 +84,7 @@ class Evaluation:
         log.scalars(progress.step, {f"eval/{k}": v for k, v in results.items()})
 
     def sample(self) -> str:
-        """What the model wrote after the last validation, which may be another process's."""
+        """The sample after the last validation, which may be another process's."""
         if self._sample is None:
             with self._averaged():
                 self._sample = self._write_sample(self._state.progress)
@@ -94,7 +94,7 @@ class Evaluation:
         return self._state.ema.in_place() if self._state.ema else contextlib.nullcontext()
 
     def _write_sample(self, progress: Progress) -> str:
-        """What the model writes now; nothing if that is not asked for or its loss is no number."""
+        """A sample of the model now; "" if none is asked for or the loss is not finite."""
         trainer = self._config.trainer
         if not trainer.sample_tokens or not math.isfinite(progress.metrics["loss"]):
             return ""

@@ -1,10 +1,10 @@
-"""Which steps are not fit to be taken, decided on the device.
+"""Decides on the device which steps are skipped.
 
-A step is skipped if its loss or gradient norm is not finite, or, with a threshold z > 0, if either
-lies more than z standard deviations above its running mean. Mean and variance are exponential
-averages over the steps that were taken (weight 1/n for the n-th until that is below 1/32: longer
-ones remember the fall of the first losses as a deviation for too long), and a step is judged once
-100 have been taken.
+A step is skipped if its loss or gradient norm is not finite. With a threshold z > 0, it is also
+skipped if either is more than z standard deviations above its running mean. Mean and variance are
+exponential averages over the steps that were not skipped (weight 1/n for the n-th until that is
+below 1/32: longer averages remember the fall of the first losses as a deviation for too long). The
+threshold applies after 100 such steps.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _HORIZON = 32  # steps
-_FIRST_JUDGED = 100  # steps taken before
+_FIRST_JUDGED = 100  # steps before, without skipped ones
 
 
 class Guard:
@@ -53,7 +53,7 @@ class Guard:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state` gave. Raises ValueError where the numbers are none of a guard's."""
+        """Restores the result of `state`. Raises ValueError where the numbers are not a guard's."""
         mean, variance, count = (
             torch.tensor(state[name], dtype=torch.float64) for name in ("mean", "variance", "count")
         )

@@ -3,11 +3,11 @@
 On one node the program starts itself again, once per device, through torch.distributed's elastic
 launcher. A process that torchrun started finds WORLD_SIZE in its environment and does not launch.
 
-A failed rank takes the others down. What it has to say goes to the launcher through the error file
-that torch.distributed.elastic gives each worker, and the launcher prints the first cause only.
+If a rank fails, the others are stopped. Its error reaches the launcher through the error file that
+torch.distributed.elastic gives each worker, and the launcher prints only the first cause.
 
-A signal to the launcher is handed on to the ranks, which save and leave; the launcher waits for
-them, as long as that takes. A launcher that is killed takes its ranks with it.
+The launcher hands a signal on to the ranks, which save and exit, and waits for them for as long as
+they need. The ranks of a launcher that is killed end too.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def processes_to_start(device: str, devices: int) -> int:
-    """How many processes this one must launch; 1: none, it can do the work itself.
+    """The number of processes to launch; 1: none, this process can do the work itself.
 
     Args:
         device: trainer.device.
@@ -73,7 +73,7 @@ def processes_to_start(device: str, devices: int) -> int:
 def launch(processes: int, argv: Sequence[str]) -> int:
     """Runs `argv` in that many processes of this Python; returns the exit code for this one.
 
-    Signals that ask to stop are handed on to them, and do nothing else from then on.
+    Signals that ask to stop are handed on to them, and have no other effect from then on.
 
     Raises:
         UserError: they cannot be started.
@@ -122,9 +122,9 @@ def launch(processes: int, argv: Sequence[str]) -> int:
 def run_main(main: Callable[[], int | None]) -> int:
     """Runs a program's main; returns its exit code, printing errors as flashtrain.errors says.
 
-    The user's folder is the current one in it. Signals that ask to stop are ignored when it
-    returns: they shall not change what the run has said and left, and Python takes a good part of a
-    second to end after torch.
+    The user's folder is the current one in it. Signals that ask to stop are ignored after it has
+    returned: Python needs a good part of a second to end after torch, and a signal then must not
+    change the outcome of the run.
     """
     launched = _LAUNCHED in os.environ and _ERROR_FILE in os.environ
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -159,10 +159,10 @@ def run_main(main: Callable[[], int | None]) -> int:
 
 @contextlib.contextmanager
 def interruptible(text: str) -> Iterator[None]:
-    """Around work that puts things in order before it leaves: signals raise `Interrupted` in it.
+    """Around work that cleans up before it exits: signals raise `Interrupted` in it.
 
     Args:
-        text: says then what has become of the work.
+        text: of the error; says what has become of the work.
     """
     before = {number: signal.getsignal(number) for number in environment.STOP_SIGNALS}
 
@@ -180,7 +180,7 @@ def interruptible(text: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    """What to say about what has ended a program, and its exit code."""
+    """The message for an exception that has ended a program, and its exit code."""
     if isinstance(error, Interrupted):
         return error.text, 128 + error.number
     if isinstance(error, KeyboardInterrupt):
@@ -189,25 +189,25 @@ def _explain(error: BaseException) -> tuple[str, int]:
         code = error.code or 0
         return ("", code) if isinstance(code, int) else (str(code), 1)
     if isinstance(error, BrokenPipeError) and console.reader_has_left():
-        return "", 0  # as `| head` does; nobody is there to be told
+        return "", 0  # as `| head` does; there is no reader for a message
     if isinstance(error, UserError):
         reason, code = str(error), error.exit_code  # RunInterruptedError: the run has said it
     elif isinstance(error, OSError):
         reason, code = _describe(error), UserError.exit_code
     elif (shortage := _shortage(error)) is not None:
         reason, code = shortage, UserError.exit_code
-    else:  # a defect: its traceback is the message
+    else:  # a defect; its traceback is the message
         return "".join(traceback.format_exception(error)).rstrip(), 1
     return (f"error: {' '.join(reason.split())}", code) if reason else ("", code)
 
 
 def _describe(error: OSError) -> str:
-    """What was refused, and why."""
+    """The refused operation, and the reason."""
     reason, system = files.cause(error), os.strerror(error.errno or 0)
     if error.errno == errno.ENOENT:
         reason = "there is no such file or folder"
     if error.errno is not None and error.strerror != system:
-        reason = error.strerror or reason  # of a library, which knows more than the number says
+        reason = error.strerror or reason  # of a library, and more exact than the number
     elif error.errno is not None and reason != system:
         reason += f" ({system})"
     if error.filename is None or isinstance(error.filename, int):
@@ -216,7 +216,7 @@ def _describe(error: OSError) -> str:
 
 
 def _shortage(error: BaseException) -> str | None:
-    """What the machine has too little of, where that is what an exception means."""
+    """The resource that the machine lacks, if the exception means that."""
     text = str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"the machine is out of memory ({text.splitlines()[0] if text else 'none is left'})"
@@ -243,7 +243,7 @@ def _folder() -> Iterator[Path]:
     parent = Path(tempfile.gettempdir())
     for leftover in parent.glob(f"{_FOLDERS}*"):
         _remove_if_abandoned(leftover)
-    # Under another name until it is locked: an unlocked one is taken for a killed launcher's.
+    # Under another name until it is locked: an unlocked folder counts as a killed launcher's.
     made = Path(tempfile.mkdtemp(prefix=".flashtrain-"))
     descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -269,7 +269,7 @@ def _remove_if_abandoned(folder: Path) -> None:
 
 
 def _hand_on_signals(folder: Path) -> list[int]:
-    """Signals go to the ranks, however often they come; gives a list of those that have come."""
+    """Hands every signal on to the ranks; returns a list, to which it appends them."""
     came: list[int] = []
 
     def hand_on(number: int, frame: Any) -> None:
@@ -317,7 +317,7 @@ def _write_error_file(text: str, code: int) -> None:
 def _report_first_cause(
     failures: dict[int, Any], log_dir: Path, signals: Sequence[int] = ()
 ) -> int:
-    """Prints why the run failed, which one rank knows; returns the exit code that belongs to it.
+    """Prints why the run failed, as one rank reports it; returns the exit code for it.
 
     Args:
         failures: the ranks that torch.distributed.elastic saw failing, each with its `exitcode`, in
@@ -325,9 +325,9 @@ def _report_first_cause(
         log_dir: holds the error files, `.../<local rank>/error.json`, also of ranks it did not see.
         signals: those that the launcher has handed on to the ranks.
     """
-    # A rank that was killed or has a user's error is what the other ranks have stumbled over. One
-    # that SIGTERM has ended did not yet train, and was stopped by the launcher: because that was
-    # asked to, or for what another rank had to say.
+    # The other ranks fail because of a rank that was killed or has a user's error. A rank that
+    # SIGTERM has ended did not train yet. The launcher stopped it, because the launcher itself was
+    # asked to stop, or because of another rank's error.
     silent, user_error, defect, stopped = range(4)
     causes: list[tuple[int, float, str, int]] = []
     spoken = set()

@@ -1,4 +1,4 @@
-"""Trained models by their path, whatever has written them."""
+"""Loads trained models by their path, from any program that has written them."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ _GPT2_VOCAB_SIZE = 50257
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A GPT, in evaluation mode, with what is known of it.
+    """A GPT, in evaluation mode, with its tokenizer and config.
 
     Attributes:
         tokenizer: of the text that it was trained on.
@@ -35,10 +35,10 @@ def load_model(path: Path, device: torch.device, *, ema: bool = False) -> Loaded
     """Loads a GPT.
 
     Args:
-        path: a run's folder or its folder of checkpoints, of which the newest whole checkpoint is
-            taken; one checkpoint, whatever it is called; or a folder of Hugging Face's GPT-2.
-        device: where the weights go.
-        ema: take the moving average of the weights.
+        path: a run's folder or its folder of checkpoints, whose newest whole checkpoint is used;
+            one checkpoint of any name; or a folder of Hugging Face's GPT-2.
+        device: of the weights.
+        ema: use the moving average of the weights.
 
     Raises:
         UserError: nothing usable is there, or it is no GPT.

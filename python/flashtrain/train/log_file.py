@@ -1,7 +1,7 @@
-"""Files that a run's log is appended to, by the thread that logs.
+"""Files to which the logging thread appends a run's log.
 
-TensorBoard's own writer has a thread, whose errors come up late, or not at all where a full queue
-waits for it. Here an error comes up at once, no record is left half written, and none is lost.
+TensorBoard's own writer has a thread, whose errors appear late, or never if a full queue waits for
+it. Here, an error is raised at once, no record is left half written, and none is lost.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class LogFile:
-    """A file that grows by whole records. What the disk does not take waits for the next one."""
+    """A file that grows by whole records. A record that cannot be written waits for the next."""
 
     def __init__(self, path: Path):
         """Opens or makes the file. Raises OSError where that cannot be done."""
@@ -51,7 +51,7 @@ class EventFile(LogFile):
     """A new file of TensorBoard's events in a folder.
 
     Args:
-        purge_step: TensorBoard leaves out what other files of the folder have from this step on.
+        purge_step: TensorBoard ignores the records of other files in the folder from this step on.
     """
 
     def __init__(self, folder: Path, purge_step: int):

@@ -48,13 +48,13 @@ def train(
     resume: bool = False,
     profile: range = range(0),
 ) -> None:
-    """Trains, or goes on with, the run in `workdir`; prints its summary as the last line of stdout.
+    """Trains or continues the run in `workdir`; prints its summary as the last line of stdout.
 
     Args:
         config: checked by RunConfig.from_mapping.
         workdir: the run's folder; None: a new one, see run_folder.py.
         command: the command line, for the log.
-        resume: there must be a checkpoint to go on from.
+        resume: there must be a checkpoint to continue from.
         profile: steps to profile, counted from 1, see profiler.py.
 
     Raises:
@@ -77,7 +77,7 @@ def train(
             f"out of GPU memory with a micro batch of {config.data['batch_size']} sequences; lower "
             f"--config.data.batch_size, the global batch stays as it is ({error})"
         ) from error
-    # Not after an error: the others would fail for want of this rank before it has told its reason.
+    # Not after an error: the others would fail without this rank before it has given its reason.
     distributed.stop()
 
 
@@ -119,7 +119,7 @@ class Trainer:
         self.profiler = StepProfiler(profile, folder.path / "profile", world.rank, world.device)
         self.delayed = DelayedStats()
         self.signaled = False  # this process was asked to stop
-        self.stop = False  # some process was, and all have agreed on after which step
+        self.stop = False  # some process was, and all have agreed on the last step
 
     @property
     def progress(self) -> Progress:
@@ -130,8 +130,8 @@ class Trainer:
         try:
             self._run(resume)
         finally:
-            with contextlib.suppress(Exception):  # not what the run ends for
-                self.saver.wait()  # for what was begun
+            with contextlib.suppress(Exception):  # not the reason for the end of the run
+                self.saver.wait()  # for saves that have begun
             self.folder.close()
 
     def _run(self, resume: bool) -> None:
@@ -178,7 +178,7 @@ class Trainer:
             self.timer,
         )
         if progress.step < trainer.max_steps:
-            # The process before may have been stopped or killed between a save and what follows.
+            # The last process may have been stopped or killed between a save and the work after it.
             self._evaluate(**self._due())
         loader = BatchLoader(
             self.task,
@@ -211,7 +211,7 @@ class Trainer:
                 self._record(self.delayed.flush())
                 self.stopwatch.stop()
                 if ((save or due["benchmarks"]) and not progress.bad_in_a_row) or self.stop:
-                    self._save()  # first: what follows may take long, and may fail
+                    self._save()  # first: the rest may be slow, and may fail
                 self._leave_if_stopped()
                 if not last:
                     self._evaluate(**due)
@@ -219,7 +219,7 @@ class Trainer:
         loader.close()
 
     def _record(self, stats: StepStats | None) -> None:
-        """Takes note of a step. Raises TrainingDivergedError when too many were skipped."""
+        """Records a step. Raises TrainingDivergedError when too many were skipped."""
         if stats is None:
             return
         trainer, progress = self.config.trainer, self.progress
@@ -256,7 +256,7 @@ class Trainer:
             )
 
     def _due(self) -> dict[str, bool]:
-        """What is to be measured of the step."""
+        """The measurements that are due after the step."""
         trainer, step = self.config.trainer, self.progress.step
         return {
             "validation": _is_due(step, trainer.eval_every),
@@ -264,7 +264,7 @@ class Trainer:
         }
 
     def _measure_last(self) -> str:
-        """All there is to measure of the last step, which has been saved; gives a sample."""
+        """All measurements of the last step, which has been saved; returns a sample."""
         try:
             self._evaluate(validation=True, benchmarks=True)
             sample = self.evaluation.sample()
@@ -280,7 +280,7 @@ class Trainer:
         return sample
 
     def _evaluate(self, *, validation: bool, benchmarks: bool) -> None:
-        """Measures the step unless that was done; its checkpoint, if there is one, learns it."""
+        """Measures the step unless that was done; adds the results to its checkpoint, if any."""
         progress = self.progress
         before = progress.val_step, progress.benchmark_step
         if validation and progress.val_step != progress.step:
@@ -294,7 +294,7 @@ class Trainer:
         self._leave_if_stopped()
 
     def _resume(self, *, required: bool) -> None:
-        """Takes up the newest whole checkpoint, if there is one."""
+        """Continues from the newest whole checkpoint, if there is one."""
         found = None
         if self.world.is_main:
             found = checkpoint.newest(self.folder.checkpoints, warn=say)
@@ -359,9 +359,9 @@ class Trainer:
         self.saver.save(progress.step, self.state.tensors(self.world), manifest)
 
     def _save_before(self, error: Exception) -> None:
-        """Saves the steps done, if that can be, when something between two of them has failed.
+        """Saves the finished steps, if possible, when something between two steps has failed.
 
-        Of several ranks one alone cannot: the others may be waiting for it in the next step.
+        One of several ranks cannot do so alone: the others may wait for it in the next step.
         """
         handled = isinstance(error, (RunInterruptedError, TrainingDivergedError))
         if self.world.size > 1 or handled or not self.progress.step:
@@ -373,7 +373,7 @@ class Trainer:
             self.log.note(f"step {self.progress.step} is saved")
 
     def _wait_until_saved(self) -> None:
-        """Returns when the last checkpoint is whole: a rank that leaves takes the others along."""
+        """Returns when the last checkpoint is whole: a rank that exits ends the others."""
         self.saver.wait()
         self.world.barrier()
 

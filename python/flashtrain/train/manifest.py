@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint, read with suspicion: it may come from anywhere.
+"""The manifest of a checkpoint, which is not trusted: it may come from anywhere.
 
-Its checksum says what the checkpoint is, so a folder that was copied, renamed or linked is the same
-checkpoint. Nothing is opened but regular files directly inside the folder.
+Its checksum identifies the checkpoint, so a folder that was copied, renamed or linked is the same
+checkpoint. Only regular files directly inside the folder are opened.
 """
 
 import concurrent.futures
@@ -23,11 +23,11 @@ _VERIFY_THREADS = 8
 
 
 class DamagedError(Exception):
-    """A checkpoint that is not what was written; the message says which file and why."""
+    """A checkpoint that differs from the written one; the message names the file and the reason."""
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over everything in a manifest but the checksum itself."""
+    """SHA-256 over everything in a manifest except the checksum itself."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -46,7 +46,7 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest in a folder: its format, checksum, step and list of files are right.
 
     Raises:
-        DamagedError: it is missing or not what was written.
+        DamagedError: it is missing or differs from the written one.
         UserError: it is of another format.
     """
     found = _parse(folder / NAME)
@@ -87,7 +87,7 @@ def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Reads every listed file. Raises DamagedError where one is not what was written."""
+    """Reads every listed file. Raises DamagedError where one differs from the written one."""
     check_sizes(folder, manifest)
     listed = manifest["files"]
     try:

@@ -1,4 +1,4 @@
-"""Speed, utilisation and memory of a run."""
+"""Speed, utilization and memory of a run."""
 
 import dataclasses
 import functools
@@ -101,7 +101,7 @@ def _nvml_handle(device: torch.device) -> object:
 
 
 def versions() -> dict[str, str | None]:
-    """What computed a run."""
+    """Versions of the software, and the device."""
     return {
         "flashtrain": flashtrain.__version__,
         "python": platform.python_version(),

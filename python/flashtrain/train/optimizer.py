@@ -76,7 +76,7 @@ class Optimizer:
 
     def step(self, lr: float, divisor: Tensor, skip: Tensor) -> None:
         """One step, or none at all if `skip` holds: weights, moments and step counts stay as they
-        are, and the host never learns it. The gradients are dropped.
+        are, without a wait for the host. The gradients are dropped.
 
         Args:
             divisor: fp32 scalar on the device, by which the gradients are divided first.
@@ -105,7 +105,7 @@ class Optimizer:
         return dict(self._inner.state.get(shard.tensor, {}))
 
     def load_state(self, shard: Shard, state: Mapping[str, Tensor]) -> None:
-        """Restores what `state` gave, of the same rows; takes the tensors over.
+        """Restores the result of `state`, for the same rows; keeps the tensors.
 
         Hyperparameters stay those of the config.
         """

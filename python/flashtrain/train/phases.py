@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without making the host wait for the device."""
+"""Measures the phases of a step, without making the host wait for the device."""
 
 import time
 from typing import Any
@@ -35,7 +35,7 @@ class PhaseTimer:
         self._last = self._now()
 
     def mark(self, phase: str) -> None:
-        """What was begun last is this phase, and ends here."""
+        """The time since the last mark belongs to this phase, which ends here."""
         begin, self._last = self._last, self._now()
         if isinstance(begin, float) or isinstance(self._last, float):
             self._totals[phase] += self._last - begin

@@ -1,4 +1,4 @@
-"""In which number formats a step is computed.
+"""The number formats in which a step is computed.
 
 | precision | weights, gradients, optimizer | matmuls                | loss scale |
 |-----------|-------------------------------|------------------------|------------|
@@ -30,7 +30,7 @@ class Precision:
     def __init__(self, name: str, device: torch.device):
         self._device_type = device.type
         self._dtype = LOW_PRECISION.get(name)
-        # "highest" keeps fp32 matmuls exact; elsewhere what is left in fp32 may use TF32.
+        # "highest" keeps fp32 matmuls exact; elsewhere the remaining fp32 matmuls may use TF32.
         torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
         self.loss_scale = LossScale(device, enabled=name == "fp16")
 
@@ -64,7 +64,7 @@ class LossScale:
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, overflow: Tensor) -> None:
-        """Takes note of a step; `overflow` is a bool scalar on the device."""
+        """Records a step; `overflow` is a bool scalar on the device."""
         if not self.enabled:
             return
         good = torch.where(overflow, 0, self._good_steps + 1)
@@ -78,7 +78,7 @@ class LossScale:
         return {"scale": self.scale.item(), "good_steps": self._good_steps.item()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state` gave, unless the precision is one without a loss scale.
+        """Restores the result of `state`, unless the precision has no loss scale.
 
         Raises:
             ValueError: the scale is not one that this object can have had.

@@ -1,4 +1,4 @@
-"""A profile of a few steps: what the host and the device did, and what lay in memory."""
+"""A profile of a few steps: the work of host and device, and the content of memory."""
 
 import contextlib
 import re
@@ -37,7 +37,7 @@ class StepProfiler:
     rank<r>.trace.json.gz     for Perfetto, chrome://tracing, or TensorBoard's profile plugin
     rank<r>.memory.pickle     GPU only: a snapshot for PyTorch's memory_viz
 
-    The steps profiled run slower, so a run's speed is better read without.
+    Profiled steps are slower, so read a run's speed without the profiler.
     """
 
     def __init__(self, steps: range, folder: Path, rank: int, device: torch.device):

@@ -1,4 +1,4 @@
-"""What a run says of itself: at its start, every few steps, and in its summary."""
+"""The report of a run: at its start, every few steps, and in its summary."""
 
 import json
 import math
@@ -90,7 +90,7 @@ class Report:
         step, plan = stats.step - 1, self._plan
         finite = math.isfinite(stats.loss)
         if finite and not math.isfinite(stats.grad_norm):
-            # Nothing tells from which micro batch the gradient has it.
+            # The micro batch is not known from the gradient.
             first = plan.first_sample(step)
             found = [("any of the step", range(first, first + plan.size(step)))]
         else:
@@ -116,7 +116,7 @@ class Report:
         """Writes the summary, and prints it after a sample.
 
         Raises:
-            UserError: the disk does not take it.
+            UserError: it cannot be written.
         """
         summary = self.summary(progress, total, folder.path)
         folder.write_summary(summary)
@@ -163,7 +163,7 @@ class Report:
         return None if speed is None else speed.samples_per_second * self._task.items_per_sample
 
     def _mfu(self, speed: Speed | None, flops_per_item: int) -> float | None:
-        """Share of the GPUs' peak bf16 FLOP/s that the model's own operations take."""
+        """Share of the GPUs' peak bf16 FLOP/s that the model's own operations reach."""
         peak, rate = meters.peak_flops(self._world.device), self._items_per_second(speed)
         if peak is None or rate is None:
             return None

@@ -1,6 +1,6 @@
 """Randomness of training as a pure function of (seed, step, micro batch).
 
-Before every micro batch torch's generators are seeded from the run's seed, the step and the micro
+Before every micro batch, torch's generators are seeded from the run's seed, the step and the micro
 batch's place in the global batch. So dropout draws the same masks whether or not the run was
 restarted, and on any number of ranks that cut the global batch into the same micro batches.
 """
@@ -14,7 +14,7 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy and torch (all devices): what is drawn before the first step."""
+    """Seeds Python, numpy and torch (all devices) for the numbers before the first step."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -41,7 +41,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores what `rng_state` gave; a GPU's state only where there is a GPU."""
+    """Restores the result of `rng_state`; a GPU's state only where there is a GPU."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

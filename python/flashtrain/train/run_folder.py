@@ -22,7 +22,7 @@ _LOCK_WAIT_SECONDS = 10.0
 
 
 def default_workdir(config_name: str) -> Path:
-    """`runs/<config>/<time>` under the current folder, a name nobody has taken."""
+    """`runs/<config>/<time>` under the current folder, a name that is free."""
     base = _runs_of(config_name) / time.strftime("%Y%m%d-%H%M%S")
     path, number = base, 2
     while os.path.lexists(path):
@@ -47,7 +47,7 @@ def _runs_of(config_name: str) -> Path:
 
 
 class RunFolder:
-    """Where a run's files lie. Only rank 0 may `open` it and write."""
+    """The folder of a run's files. Only rank 0 may `open` it and write."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
@@ -89,7 +89,7 @@ class RunFolder:
             raise self._not_writable(files.cause(error)) from error
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Releases the folder."""
         if self._lock_file is not None:
             self._lock_file.close()
             self._lock_file = None
@@ -116,7 +116,7 @@ class RunFolder:
         return found if isinstance(found, dict) else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Replaces the summary in one go. Raises UserError where the disk does not take it."""
+        """Replaces the summary in one go. Raises UserError where it cannot be written."""
         self._replace(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def drop_metrics_after(self, step: int, again: Sequence[str] = ()) -> None:
@@ -124,7 +124,7 @@ class RunFolder:
         what it left unfinished when it was killed.
 
         Args:
-            again: prefixes of scalars; lines of `step` itself that have such a one go too.
+            again: prefixes of scalars; lines of `step` itself with such a scalar are removed too.
 
         Raises:
             UserError: the file cannot be read or replaced.

@@ -1,4 +1,4 @@
-"""What a run tells its user: notes and progress on stderr, scalars and text in the run folder."""
+"""The log of a run: notes and progress on stderr, scalars and text in the run folder."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ from flashtrain.train.run_folder import RunFolder
 class RunLog:
     """The log of a run on rank 0. Every method does nothing where there is no folder.
 
-    A log that cannot be written does not end the run: a line says so, once, and what was to be
-    logged is written when that is possible again.
+    A log that cannot be written does not end the run: one line says so, and the missing records are
+    written when that is possible again.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class RunLog:
         max_steps: int,
         logged_again: Sequence[str] = (),
     ):
-        """Goes on from `step`: what an earlier process logged after it is dropped.
+        """Continues from `step`: records of an earlier process after it are dropped.
 
         A progress bar is shown on a terminal; elsewhere each logged step is a line.
 
@@ -106,7 +106,7 @@ class RunLog:
         self._add([summary(name, _readable(indented))], step)
 
     def hyperparameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
-        """For TensorBoard's HPARAMS page: one row a run, its last logged `metrics` beside it."""
+        """For TensorBoard's HPARAMS page: one row per run, its last logged `metrics` beside it."""
         if self._folder is None:
             return
         from torch.utils.tensorboard.summary import hparams
@@ -165,7 +165,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _going_on(self) -> Iterator[None]:
-        """Around what writes the log."""
+        """Around code that writes the log."""
         try:
             yield
         except OSError as error:
@@ -183,7 +183,7 @@ def finite_or_none(value: float | None) -> float | None:
 
 
 def _readable(text: str) -> str:
-    """Without what UTF-8 cannot hold: paths and arguments may have any bytes."""
+    """The text in valid UTF-8: paths and arguments may have any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

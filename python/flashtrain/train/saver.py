@@ -1,10 +1,10 @@
-"""Writes checkpoints while training goes on.
+"""Writes checkpoints while training continues.
 
 `save` copies a rank's tensors to host memory, in the order of the device's work, and returns; a
 thread writes the copy. Each rank writes its own file into `.tmp-step_<number>` and then, in one
-piece, what that file is (`rank_<number>.json`); when all ranks have, rank 0 writes the manifest and
-renames the folder. The ranks meet in the file system, so no collective runs beside training's, and
-the run's folder must be one that all of them see.
+piece, a description of that file (`rank_<number>.json`). When all ranks have done so, rank 0 writes
+the manifest and renames the folder. The ranks meet in the file system, so no collective runs beside
+training's, and all ranks must see the run's folder.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class Saver:
 
     Attributes:
         folder: where the checkpoints are.
-        step: of the newest checkpoint, one that is being written or was continued from, if any.
+        step: of the newest checkpoint, which is being written or was continued from, if any.
         last: the newest whole one; known to rank 0.
     """
 
@@ -61,22 +61,22 @@ class Saver:
         self.last: Checkpoint | None = None
 
     def go_on_from(self, found: Checkpoint) -> None:
-        """Takes a checkpoint of an earlier process for the newest one."""
+        """Makes a checkpoint of an earlier process the newest one."""
         self.step, self.last = found.step, found
 
     def last_good(self) -> str:
-        """Where the newest checkpoint is, or that there is none, for an error message."""
+        """The place of the newest checkpoint, or that there is none, for an error message."""
         if self.step is None:
             return "no checkpoint was saved before"
         return f"the last good checkpoint, of step {self.step}, is kept in {self.folder}"
 
     def save(self, step: int, tensors: Mapping[str, Held], manifest: Mapping[str, Any]) -> None:
-        """Begins to save what the tensors hold now.
+        """Begins to save the current content of the tensors.
 
         Args:
             step: optimizer steps done.
             tensors: by name; every rank another part.
-            manifest: its keys besides format, step, files and checksum; of rank 0.
+            manifest: its keys except format, step, files and checksum; of rank 0.
 
         Raises:
             UserError: the save before this one failed.
@@ -94,7 +94,7 @@ class Saver:
         self._begin(work)
 
     def amend(self, state: Mapping[str, Any]) -> None:
-        """Begins to put what was measured after the last save into its manifest.
+        """Begins to add the measurements after the last save to its manifest.
 
         Args:
             state: parts of the manifest's section `state` to replace; of rank 0.
@@ -103,12 +103,12 @@ class Saver:
             self._begin(lambda: self._amend(state))
 
     def check(self) -> None:
-        """Raises UserError if the save that went on in the background has failed."""
+        """Raises UserError if the save in the background has failed."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when what was saved is on the disk; on rank 0, when the checkpoint is whole."""
+        """Returns when the saves are on the disk; on rank 0, when the checkpoint is whole."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -117,7 +117,7 @@ class Saver:
             raise error
 
     def _begin(self, work: Callable[[], None]) -> None:
-        """Has a thread do `work` after all that was begun before, unless that fails."""
+        """Has a thread do `work` after all earlier work, unless that fails."""
         before = self._thread
 
         def run() -> None:
@@ -189,7 +189,7 @@ class Saver:
         self._prune(step)
 
     def _gather(self, temporary: Path) -> dict[str, Any]:
-        """Waits for every rank's file; what each is, by name. A rank that fails ends the run."""
+        """Waits for every rank's file; returns their descriptions. A failed rank ends the run."""
         found = {}
         for rank in range(self._world.size):
             path = temporary / f"rank_{rank:05d}.json"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how it comes back.
+"""The state of a run in a checkpoint, and how it is restored.
 
 The position in the data and in the schedule is no state of its own: it is the step.
 """
@@ -45,13 +45,13 @@ class Progress:
     timed_seconds: float = 0.0
 
     def not_measured(self) -> list[str]:
-        """Prefixes of the scalars that are to come from measuring this step."""
+        """Prefixes of the scalars that measuring this step will give."""
         steps = {"val/": self.val_step, "eval/": self.benchmark_step}
         return [prefix for prefix, step in steps.items() if step != self.step]
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Progress":
-        """What `dataclasses.asdict` gave. Raises ValueError or TypeError where it is not that."""
+        """From the result of `dataclasses.asdict`. Raises ValueError or TypeError if it is not."""
         found = cls(**plain)
         for field in dataclasses.fields(cls):
             value, default = getattr(found, field.name), getattr(cls(), field.name)
@@ -72,7 +72,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclasses.dataclass
 class RunState:
-    """Everything that the next step depends on, besides the config, on one rank."""
+    """Everything that the next step depends on, except the config, on one rank."""
 
     strategy: Strategy
     optimizer: Optimizer
@@ -91,10 +91,10 @@ class RunState:
         *,
         accumulates: bool,
     ) -> "RunState":
-        """The state before the first step; takes the model, which is on the device, apart.
+        """The state before the first step; splits the model, which is on the device.
 
         Args:
-            accumulates: some step takes several micro batches.
+            accumulates: some step has several micro batches.
         """
         trainer = config.trainer
         if trainer.low_precision_weights:
@@ -125,7 +125,7 @@ class RunState:
         return held
 
     def plain(self) -> dict[str, Any]:
-        """What is no tensor, the same on every rank, as JSON can hold it."""
+        """All values that are no tensors, the same on every rank, as JSON can hold them."""
         return {
             "progress": dataclasses.asdict(self.progress),
             "loss_scale": self.loss_scale.state(),
@@ -136,8 +136,8 @@ class RunState:
     def are_finite(self, world: World) -> bool:
         """Whether all that a checkpoint would hold is finite, on every rank; waits for the device.
 
-        An update can make weights of finite gradients that are not: a square that overflows, a
-        division by an eps of 0.
+        An update can turn finite gradients into weights that are not finite: a square overflows, or
+        a division is by an eps of 0.
         """
         finite = all_finite([held.tensor for held in self.tensors(world).values()])
         bad = torch.tensor(0.0 if finite else 1.0, device=world.device)
@@ -151,7 +151,7 @@ class RunState:
         model_class: type,
         data: Mapping[str, Any],
     ) -> None:
-        """Takes up a checkpoint.
+        """Restores a checkpoint.
 
         Args:
             model_class: the dataclass of the config's section `model`.
@@ -160,7 +160,7 @@ class RunState:
         Raises:
             UserError: the config contradicts the checkpoint's, the data or the model is another
                 one, or the checkpoint is not one that a run writes.
-            TrainingDivergedError: what it holds is not finite.
+            TrainingDivergedError: it holds values that are not finite.
         """
         # 1. Config and data: nothing is loaded that belongs to another run.
         _refuse_contradictions(saved, config, model_class, data)
@@ -193,7 +193,7 @@ class RunState:
                 f"weights or moments in {saved.path} are not finite; move it out of "
                 f"{saved.path.parent} to go on from the checkpoint before it"
             )
-        # 5. Loss scale, guard, and random states after all that draws numbers while it is built.
+        # 5. Loss scale, guard, and random states, after everything that draws numbers when built.
         with _understood(saved):
             self.loss_scale.load_state(saved.state["loss_scale"])
             self.guard.load_state(saved.state["guard"])
@@ -204,8 +204,8 @@ class RunState:
     def _shards_to_save(self, world: World) -> list[Shard]:
         owned = list(self.optimizer.owned)
         if self.strategy.name != "ddp":
-            return owned  # nobody else has their moments
-        # Every rank holds everything: the largest first to whom has the least so far.
+            return owned  # no other rank has their moments
+        # Every rank holds everything: the largest first, to the rank with the least so far.
         loads = [0] * world.size
         mine = []
         for shard in sorted(owned, key=lambda s: s.tensor.numel(), reverse=True):
@@ -245,7 +245,7 @@ def _copy_rows(reader: Reader, name: str, shard: Shard, target: torch.Tensor) ->
 
 @contextlib.contextmanager
 def _understood(saved: Checkpoint) -> Iterator[None]:
-    """Around what reads the state of a checkpoint, whose signature says little of its content."""
+    """Around code that reads a checkpoint's state: a valid signature says little of the content."""
     try:
         yield
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as e:

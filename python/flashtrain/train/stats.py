@@ -8,7 +8,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class StepStats:
-    """What came out of one optimizer step; equal on every rank."""
+    """The results of one optimizer step; equal on every rank."""
 
     step: int  # optimizer steps done, this one included
     loss: float  # mean over the global batch, before the update
@@ -25,8 +25,8 @@ class StepStats:
 
     @property
     def searches_loss_scale(self) -> bool:
-        """Whether fp16 gradients have overflowed while the loss scale is searched for, which they
-        may; the loss must not."""
+        """Whether fp16 gradients have overflowed, as they may while the loss scale is searched for;
+        the loss must not."""
         return (
             self.loss_scale > 1 and math.isfinite(self.loss) and not math.isfinite(self.grad_norm)
         )
@@ -49,7 +49,7 @@ class DelayedStats:
         self._pending: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
 
     def push(self, step: int, values: torch.Tensor) -> StepStats | None:
-        """Takes a step's numbers as TrainStep gives them; hands out those that are due."""
+        """Accepts a step's numbers as TrainStep gives them; hands out those that are due."""
         if not values.is_cuda:
             return StepStats.from_values(step, values.tolist())
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -52,7 +52,7 @@ class TrainStep:
         Args:
             step: optimizer steps done before.
             batch: this rank's share of the step's samples, on the device.
-            asked_to_stop: told to all ranks, so that they stop after the same step.
+            asked_to_stop: sent to all ranks, so that they stop after the same step.
 
         Returns:
             fp32 on the device, equal on all ranks, in the order of `StepStats.from_values`.

@@ -39,14 +39,14 @@ _SYNC_BUFFERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What this rank holds of a parameter of the model.
+    """The part of a parameter of the model that this rank holds.
 
     Attributes:
         name: as in `model.named_parameters()`; a parameter with several has its first one.
         parameter: the model's own.
-        tensor: [rows here, ...], an alias of it: what is written to it, the model computes with.
+        tensor: [rows here, ...], an alias of it: the model computes with the values written to it.
         shape: of the whole parameter.
-        first_row: where the rows lie in it; None if this is all of it.
+        first_row: the first of these rows in it; None if this is all of it.
     """
 
     name: str
@@ -71,17 +71,17 @@ class Strategy:
     """A model shared among ranks.
 
     Attributes:
-        forward: computes the loss and takes part in the gradients' sum.
+        forward: computes the loss; its backward sums the gradients over ranks.
         evaluate: computes the loss for validation.
         lockstep: ranks must call the model equally often, in validation too.
-        shards: what this rank holds of each parameter, in the order of the model.
+        shards: this rank's part of each parameter, in the order of the model.
     """
 
     def __init__(self, config: RunConfig, world: World, model: nn.Module, *, accumulates: bool):
-        """Takes `model`, on the rank's device, apart if need be.
+        """Splits `model`, on the rank's device, if the strategy needs it.
 
         Args:
-            accumulates: some step takes several micro batches.
+            accumulates: some step has several micro batches.
         """
         self._world = world
         self.name = config.trainer.strategy if world.size > 1 else "ddp"
@@ -98,7 +98,7 @@ class Strategy:
         self._compiles = config.trainer.compile
 
     def compile_trouble(self) -> str:
-        """What keeps torch.compile from compiling all of the model so far; "" if nothing does."""
+        """Why torch.compile has not compiled all of the model so far; "" if it has."""
         if not self._compiles:
             return ""
         from torch._dynamo.utils import counters
@@ -180,7 +180,7 @@ def _fully_shard(config: RunConfig, world: World, model: nn.Module) -> nn.Module
         ),
     }
     if config.trainer.compile:
-        # Blocks that differ in a number (scale_attn_by_inverse_layer_idx) are compiled anew, with
+        # Blocks that differ in a number (scale_attn_by_inverse_layer_idx) are compiled again, with
         # and without gradients and for a last, smaller batch; beyond the limit, they are not.
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(model.blocks))

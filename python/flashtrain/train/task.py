@@ -1,4 +1,4 @@
-"""What a run trains: all that the loop asks of a kind of model and its data.
+"""A task is a kind of model and its data, as the loop needs them.
 
 The key `model.family` picks the task; a new family is a class and a line in `TASKS`.
 """
@@ -29,18 +29,18 @@ _SHOWN_SAMPLES = 8
 
 
 class Task(Protocol):
-    """A model, its data, and what is measured of both.
+    """A model, its data, and their measurements.
 
     Attributes:
         config_class: a dataclass of the keys of the config's section `model`.
         metrics: means over items that a validation gives, logged as val/<name>; "loss" is first.
-        item: what a sample is made of, in the plural, as in "tokens/s".
+        item: the parts of a sample, in the plural, as in "tokens/s".
         items_per_sample: how many of them.
         flops_per_item: floating-point operations of the model, forward and backward.
         causal_flops_per_item: the same without what a causal mask hides.
-        num_parameters: as it is told to the user.
+        num_parameters: as the user sees it.
         metadata: of the data, such as its tokenizer; JSON that checkpoints keep under "data". With
-            a `fingerprint` of what the data holds, a run goes on wherever the data is.
+            a `fingerprint` of the data's content, a run continues wherever the data is.
         model: on the CPU in fp32. `model(*batch)` is the mean loss of a batch, an fp32 scalar.
             `model.blocks` is an nn.ModuleList of what FSDP2 shards one by one.
     """
@@ -64,7 +64,7 @@ class Task(Protocol):
     def val_batches(
         self, batch_size: int, rank: int, world_size: int
     ) -> Iterator[Sequence[Tensor]]:
-        """The whole validation split; ranks take turns and may get different numbers of batches."""
+        """The whole validation split, shared by ranks; their numbers of batches may differ."""
 
     def val_sums(self, forward: Callable[..., Tensor], batch: Sequence[Tensor]) -> Tensor:
         """fp64 [1 + len(metrics)] on the device: the batch's items, and each metric's sum over
@@ -79,7 +79,7 @@ class Task(Protocol):
         """Results by <benchmark>/<name>, the same on every rank."""
 
     def describe(self, samples: range) -> str:
-        """Where samples of the run lie in the data, in lines for the log."""
+        """The places of samples in the data, in lines for the log."""
 
 
 class LanguageModelTask:
@@ -154,7 +154,7 @@ class LanguageModelTask:
             return run_benchmarks(files, scorer)
 
     def describe(self, samples: range) -> str:
-        """A line for each of the first samples: where it lies in the data, how its text begins."""
+        """A line for each of the first samples: its place in the data, how its text begins."""
         lines = describe_samples(self._dataset, samples[:_SHOWN_SAMPLES])
         if more := len(samples) - len(lines):
             lines.append(f"and {more} more")

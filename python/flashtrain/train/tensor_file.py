@@ -1,8 +1,8 @@
 """safetensors files: written in one pass with their checksum, read by rows.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header of
-dtype, shape and place of each tensor, then their bytes. There is nothing in it to execute.
-Its own library reads; it cannot write to an open file or hash on the way, so that is done here.
+dtype, shape and place of each tensor, then their bytes. It holds nothing to execute.
+Its own library reads; it cannot write to an open file or hash on the way, so this module does.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _CHUNK_BYTES = 16 << 20
 def write(file: IO[bytes], tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """Writes contiguous CPU tensors; returns the file's size and SHA-256 under "bytes", "sha256".
 
-    Raises OSError where the disk does not take it.
+    Raises OSError where they cannot be written.
     """
     header: dict[str, object] = {}
     position = 0

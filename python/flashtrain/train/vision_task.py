@@ -24,7 +24,7 @@ _SHOWN_SAMPLES = 8
 
 
 class VisionTask:
-    """ViT on labelled images; see `flashtrain.train.task.Task`. A batch is (images, labels)."""
+    """ViT on labeled images; see `flashtrain.train.task.Task`. A batch is (images, labels)."""
 
     config_class = ViTConfig
     metrics = ("loss", "accuracy")
@@ -123,7 +123,7 @@ def build_vit(config: RunConfig) -> ViT:
 
 @contextlib.contextmanager
 def _user_errors() -> Iterator[None]:
-    """What is wrong with the data is the user's to mend."""
+    """Errors of the data become errors that the user can fix."""
     try:
         yield
     except DataError as error:
