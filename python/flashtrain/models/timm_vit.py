@@ -1,7 +1,7 @@
 """ViT weights in timm's form, both ways and bit for bit.
 
 timm projects patches by a convolution, keeps class token and positions as [1, T, D], and layer
-scale with the branch that it scales; here it lies with the norm that adds the branch.
+scale with the branch that it scales; here it is in the norm that adds the branch.
 
     load_state_from_timm(model, timm.create_model("vit_base_patch16_224").state_dict())
 """

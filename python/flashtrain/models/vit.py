@@ -100,7 +100,7 @@ class ViT(nn.Module):
         nn.init.zeros_(projection.bias)
         nn.init.trunc_normal_(self.positions, std=std)
         if self.class_token is not None:
-            nn.init.zeros_(self.class_token)  # its position tells it apart
+            nn.init.zeros_(self.class_token)  # its position distinguishes it
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

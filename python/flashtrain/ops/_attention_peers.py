@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Call(NamedTuple):
-    """Arguments of a call besides q, k and v. Window sizes are -1 where there is no limit."""
+    """Arguments of a call except q, k and v. Window sizes are -1 where there is no limit."""
 
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None

@@ -18,7 +18,7 @@ from flashtrain.ops._attention_triton_forward import attention_forward_kernel
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """What a call asks for besides its tensors; see _attention_ops.py."""
+    """The options of a call, without its tensors; see _attention_ops.py."""
 
     varlen: bool
     batch: int

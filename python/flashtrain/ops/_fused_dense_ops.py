@@ -238,7 +238,7 @@ class Dense(Function):
         return dx, dweight, dbias, None, None
 
 
-# What an MLP keeps for its backward pass besides x and the weights.
+# The tensors that an MLP saves for backward, except x and the weights.
 KEEP_ALL, KEEP_PRE_ACT, KEEP_NOTHING = 0, 1, 2
 
 

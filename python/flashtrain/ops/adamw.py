@@ -4,7 +4,7 @@
     optimizer.step(grad_norm=norm, max_norm=1.0)        # clips; skips where norm is not finite
 
 Nothing here waits for the device: the norm, the clipping factor, the loss scale and the decision to
-skip a step are read where the kernel runs. docs/adamw.md tells the formula, numerics and cost.
+skip a step are read where the kernel runs. docs/adamw.md has the formula, numerics and cost.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class FusedAdamW(torch.optim.Optimizer):
     # --- What a step passes to the kernel ---
 
     def _init_state(self, p: Tensor) -> dict[str, Any]:
-        """State in the parameter's strides, so that all of them are walked alike."""
+        """State in the parameter's strides, so that all of them are read in one order."""
         with real_tensors():
             state = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),

@@ -4,7 +4,7 @@
     scores = softcap * tanh(softmax_scale * q k^T / softcap) - alibi_slope * |distance|
 
 The public functions have flash-attn 2's names and arguments (`from flash_attn import ...`), and one
-more, `backend`. docs/attention.md tells features, backends, numerics and errors.
+more, `backend`. docs/attention.md has features, backends, numerics and errors.
 
 Legend: B batch, Sq queries, Sk keys of a sequence, H query heads, Hk key heads (H a multiple of
 Hk), D head dim.

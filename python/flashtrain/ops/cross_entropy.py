@@ -7,7 +7,7 @@
 
 over the last dimension, the V classes. The public function and module have flash-attn's names and
 arguments (`flash_attn.ops.triton.cross_entropy`, `flash_attn.losses.cross_entropy`).
-docs/cross_entropy.md tells numerics, cost and errors.
+docs/cross_entropy.md describes numerics, cost and errors.
 
 Dtypes: logits float32, float16 or bfloat16; labels int64 or int32; losses float32. All arithmetic
 is float32, so `logits.float()` before the call only costs memory. `torch.autocast` changes nothing.

@@ -4,7 +4,7 @@
     MLP    activation(x weight1^T + bias1) weight2^T + bias2
 
 The public functions have flash-attn's names and arguments (`flash_attn.ops.fused_dense`).
-docs/fused_dense.md tells numerics, cost and errors.
+docs/fused_dense.md describes numerics, cost and errors.
 
 Dtypes: x float32, float16 or bfloat16; weights and biases x's. Under `torch.autocast` all are cast
 to its dtype first, as for `torch.nn.functional.linear`.
@@ -141,7 +141,7 @@ def fused_mlp_func(
       activation: "gelu_approx" (the tanh form), "relu" or "sqrelu" (ReLU squared).
       save_pre_act: false: backward, if there is one, recomputes as with checkpoint_lvl 2.
       return_residual: also return x; see `fused_dense_func`.
-      checkpoint_lvl: what is saved for backward besides x and the weights, each [..., H]:
+      checkpoint_lvl: saved for backward with x and the weights, each [..., H]:
         0: the activation's input and output (for ReLU its output);
         1: the activation's input, of which backward computes the output again (ReLU: as 0);
         2: nothing; backward repeats the first product.

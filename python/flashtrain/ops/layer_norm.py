@@ -4,7 +4,7 @@
     z = norm(x) * weight + bias
 
 The public functions have the names and arguments of `flash_attn.ops.layer_norm`,
-`flash_attn.ops.rms_norm` and `flash_attn.ops.triton.layer_norm`. docs/layer_norm.md tells numerics,
+`flash_attn.ops.rms_norm` and `flash_attn.ops.triton.layer_norm`. docs/layer_norm.md has numerics,
 cost and errors.
 
 Dtypes: x0 float32, float16 or bfloat16; residual, and with it x, float32 or x0's; weight, bias and

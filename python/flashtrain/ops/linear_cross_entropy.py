@@ -3,7 +3,7 @@
 The logits of all rows, often the largest tensor of a training step, never exist: a chunk of rows at
 a time is multiplied, turned into losses and into its own gradient, and multiplied again, all in the
 forward pass; backward only scales. The matrix products are torch's (cuBLAS, oneDNN), the cross
-entropy is the kernel of `flashtrain.ops.cross_entropy`. docs/linear_cross_entropy.md tells
+entropy is the kernel of `flashtrain.ops.cross_entropy`. docs/linear_cross_entropy.md has
 numerics, cost and errors.
 
 Dtypes: hidden float32, float16 or bfloat16, weight and bias float32 or hidden's (and converted to

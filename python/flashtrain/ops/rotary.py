@@ -6,7 +6,7 @@
 for pairs (a, b) of the first rotary_dim elements of each head: elements (i, i + rotary_dim / 2)
 (GPT-NeoX), or (2i, 2i + 1) where interleaved (GPT-J). Functions and module have flash-attn's names
 and arguments (`flash_attn.layers.rotary`); what is ours comes behind them, by keyword.
-docs/rotary.md tells numerics, cost and errors.
+docs/rotary.md describes numerics, cost and errors.
 
 Legend: B batch, S sequence length, T tokens of all sequences, H heads, D head dim, R rotary dim.
 """
