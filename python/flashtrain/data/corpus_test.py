@@ -115,7 +115,7 @@ def test_datasets_in_the_layout_of_the_hub(folder_of_datasets):
 
 
 def test_a_dataset_of_the_hub_is_read_at_one_commit(folder_of_datasets, monkeypatch, tmp_path):
-    """Also by a later run, which goes on where one was stopped; the newest may be another."""
+    """Also by a later run, which continues a stopped one; the newest commit may be another."""
     import datasets  # here: it reads the environment
 
     commits = iter(["a" * 40, "b" * 40])

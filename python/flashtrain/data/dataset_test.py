@@ -29,7 +29,7 @@ NUM_WINDOWS = 25
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Training tokens 0, 1, 2, ...: a window's first token tells which window it is."""
+    """Training tokens 0, 1, 2, ...: a window's first token identifies the window."""
     folder = tmp_path_factory.mktemp("data") / "prepared"
     write_token_files(
         folder,

@@ -1,4 +1,4 @@
-"""Labelled images: splits, order, augmentation, folders."""
+"""Labeled images: splits, order, augmentation, folders."""
 
 import sys
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_an_epoch_has_every_image_once(digits):
 
 
 def test_digits_move_by_at_most_a_pixel(digits):
-    """Every place is taken about as often, and an image's place changes with the epoch."""
+    """All places are about equally frequent, and an image's place changes with the epoch."""
     originals, _ = digits._train
     counts, places = np.zeros((3, 3), int), []
     for epoch in range(2):
@@ -123,7 +123,7 @@ def test_without_torchvision_folders_are_refused_by_one_line(tmp_path, monkeypat
 
 @pytest.fixture
 def no_torchvision_check(monkeypatch):
-    """What comes before an image is decoded needs none."""
+    """The steps before an image is decoded need none."""
     monkeypatch.setattr("flashtrain.data.image_folder._check_torchvision", lambda: None)
 
 
@@ -157,7 +157,7 @@ def test_a_killed_process_is_one_line(tmp_path, monkeypatch, no_torchvision_chec
     (stub / "v2.py").write_text(_DEADLY_TORCHVISION)
     for package in (stub, stub.parent):
         (package / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path / "modules")  # which new processes take over
+    monkeypatch.syspath_prepend(tmp_path / "modules")  # which new processes inherit
     folder = ImageFolder(tmp_path / "images", seed=0, image_size=16, workers=2)
     try:
         with pytest.raises(DataError, match="images was killed; the machine may be out of memory"):

@@ -1,4 +1,4 @@
-"""Text that changes: what was made of it is made anew, or refused, and never taken for the new."""
+"""Text that changes: its tokens are made again, or refused, and never pass for the new text's."""
 
 import contextlib
 import json

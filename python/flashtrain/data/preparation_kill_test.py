@@ -1,4 +1,4 @@
-"""Preparation killed at any moment, in real processes: it goes on and ends with the same bytes."""
+"""Preparation killed at any moment, in real processes, continues and ends with the same bytes."""
 
 import contextlib
 import itertools
@@ -80,7 +80,7 @@ def children(pid: int) -> list[int]:
 
 
 def has_begun(worker: int) -> bool:
-    """Whether it has been told what to do: then a thread of it waits for the end of the program."""
+    """Whether it has got its work: then a thread of it waits for the end of the program."""
     try:
         return len(os.listdir(f"/proc/{worker}/task")) > 1
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def test_killed_at_random_moments(dataset, expected, tmp_path):
         except subprocess.TimeoutExpired:
             kill(run)
             killed += 1
-        if folder.exists():  # it was done; the next attempts begin anew
+        if folder.exists():  # it was done; the next attempts start from nothing
             assert contents(folder) == expected
             folder.rename(tmp_path / f"whole{attempt}")
     finish(dataset, folder)
@@ -123,7 +123,7 @@ def test_killed_at_random_moments(dataset, expected, tmp_path):
 
 
 def names(partial: Path) -> list[str]:
-    """What lies among the chunks, while they are there."""
+    """The names among the chunks, while they are there."""
     try:
         return os.listdir(partial / "chunks")
     except FileNotFoundError:

@@ -139,7 +139,7 @@ def test_what_a_run_leaves_that_was_killed_at_its_very_end(corpus_dir, prepared,
 def test_what_a_run_leaves_that_was_killed_while_it_removed_the_rest(
     corpus_dir, prepared, tmp_path
 ):
-    """Where the folder has been taken away since, and the text is other text by now."""
+    """The folder has been moved away since, and the text has changed."""
     source = parse_source(dataset_of(corpus_dir))
     partial = tmp_path / ".prepared.partial"
     (partial / "chunks").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The death of processes that tokenise, at moments that are seldom met: told, and never waited for.
+"""Processes that tokenize die at rare moments: this is reported, and nothing waits for them.
 
 preparation_kill_test.py has the others, in real programs.
 """

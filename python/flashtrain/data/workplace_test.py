@@ -49,7 +49,7 @@ def test_one_that_comes_while_another_is_at_it(tmp_path):
     os.link(one / "train.bin", folder / "train.bin")
     assert not publish(two, folder)
     assert os.listdir(folder) == ["train.bin"]
-    assert publish(one, folder)  # killed there, it goes on
+    assert publish(one, folder)  # killed there, it continues
     assert contents(folder) == {"1"}
 
 

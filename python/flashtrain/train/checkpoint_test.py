@@ -74,7 +74,7 @@ def test_round_trip(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_saves_what_the_tensors_held(tmp_path: Path) -> None:
-    """Training goes on in place while the copy is written."""
+    """Training continues in place while the copy is written."""
     tensor, writer = torch.zeros(1_000_000), saver(tmp_path)
     writer.save(1, {"x": Held(tensor)}, {})
     tensor.fill_(1.0)
@@ -148,7 +148,7 @@ def test_keeps_the_best_and_every_nth(tmp_path: Path) -> None:
 
 
 def test_a_later_one_that_is_damaged_does_not_count(tmp_path: Path) -> None:
-    """The run went on from the one before; it keeps what it saves."""
+    """The run continued from the one before; it keeps its own checkpoints."""
     save(tmp_path, 1)
     (save(tmp_path, 9) / "manifest.json").write_text("{")
     save(tmp_path, 2, keep_checkpoints=1)

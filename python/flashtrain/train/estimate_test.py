@@ -1,4 +1,4 @@
-"""Estimates against counting by hand, and on a GPU against what a step really takes."""
+"""Estimates against counting by hand, and on a GPU against the memory of a real step."""
 
 import dataclasses
 import gc

@@ -1,4 +1,4 @@
-"""What a process leaves on the disk that is killed before any of its operations on files."""
+"""The files that a process leaves if it is killed before any of its operations on files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a program makes of its errors and its ranks' ends; whole runs are in tests/distributed."""
+"""How a program reports its errors and its ranks' ends; whole runs are in tests/distributed."""
 
 import json
 import os

@@ -35,7 +35,7 @@ def test_a_record_is_whole_or_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_tensorboard_reads_what_was_logged_once(tmp_path: Path) -> None:
-    for first in (0, 2):  # the second process goes on from step 2, which the first one has passed
+    for first in (0, 2):  # the second process continues from step 2, which the first one has passed
         with RunLog(RunFolder(tmp_path), step=first, max_steps=5) as log:
             for step in range(first + 1, first + 4):
                 log.progress(step, 1.0, "")

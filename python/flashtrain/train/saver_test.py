@@ -1,4 +1,4 @@
-"""What the saver keeps of a device's tensors from one save to the next."""
+"""The saver's copies of a device's tensors, from one save to the next."""
 
 from pathlib import Path
 

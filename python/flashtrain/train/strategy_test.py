@@ -1,4 +1,4 @@
-"""What a strategy says of the model that it was given."""
+"""The reports of a strategy on its model."""
 
 import functools
 
