@@ -62,7 +62,7 @@ def _mlp_in_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Op(NamedTuple):
-    """A scalar of an op, the same in torch, and the shapes of their arguments; rows first, [4, 8]."""
+    """A scalar of an op, the same in torch, and their arguments' shapes; rows first, [4, 8]."""
 
     op: Callable[..., Tensor]
     torchs: Callable[..., Tensor]
