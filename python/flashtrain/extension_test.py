@@ -255,6 +255,14 @@ def test_activations_that_are_refused(activation: int) -> None:
             )
 
 
+@pytest.mark.parametrize("number", [np.float32(1.7), torch.tensor(1.7), 1.7])
+def test_integers_are_not_cut_off(number) -> None:
+    with pytest.raises(TypeError, match="activation"):
+        _kernels.dense_activation_forward(
+            torch.ones(2, 4), None, number, None, torch.zeros(2, 4), 0
+        )
+
+
 def test_outputs_that_overlap_are_refused() -> None:
     q, cu_seqlens = torch.randn(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
     out = torch.zeros(4, 1, 8).expand(4, 2, 8)

@@ -254,9 +254,9 @@ void RegisterAdamW(py::module_& module) {
   module.def("adamw_step", &Step, arg("params"), arg("grads"), arg("masters"), arg("exp_avgs"),
              arg("exp_avg_sqs"), arg("steps"), arg("groups"), arg("group_values"),
              arg("grad_scale"), arg("grad_norm"), arg("skip"), arg("skipped_steps"),
-             arg("max_norm"), arg("table"), arg("table_on_host"), arg("stream"));
-  module.def("adamw_table_bytes", &TableBytes, arg("num_tensors"), arg("num_groups"));
-  module.def("grad_norm", &Norm, arg("grads"), arg("norm"), arg("allocate"), arg("stream"));
+             arg("max_norm"), arg("table"), arg("table_on_host"), Integer("stream"));
+  module.def("adamw_table_bytes", &TableBytes, Integer("num_tensors"), Integer("num_groups"));
+  module.def("grad_norm", &Norm, arg("grads"), arg("norm"), arg("allocate"), Integer("stream"));
 }
 
 }  // namespace flashtrain::bindings

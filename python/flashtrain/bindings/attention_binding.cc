@@ -212,13 +212,13 @@ void RegisterAttention(py::module_& module) {
   using py::arg;
   module.def("attention_forward", &Forward, arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"),
              arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("alibi_slopes"), arg("rng_state"),
-             arg("max_seqlen_q"), arg("max_seqlen_k"), arg("softmax_scale"), arg("softcap"),
-             arg("window_left"), arg("window_right"), arg("dropout_p"));
+             Integer("max_seqlen_q"), Integer("max_seqlen_k"), arg("softmax_scale"), arg("softcap"),
+             Integer("window_left"), Integer("window_right"), arg("dropout_p"));
   module.def("attention_backward", &Backward, arg("dout"), arg("q"), arg("k"), arg("v"), arg("out"),
              arg("dq"), arg("dk"), arg("dv"), arg("lse"), arg("cu_seqlens_q"), arg("cu_seqlens_k"),
-             arg("alibi_slopes"), arg("rng_state"), arg("max_seqlen_q"), arg("max_seqlen_k"),
-             arg("softmax_scale"), arg("softcap"), arg("window_left"), arg("window_right"),
-             arg("dropout_p"));
+             arg("alibi_slopes"), arg("rng_state"), Integer("max_seqlen_q"),
+             Integer("max_seqlen_k"), arg("softmax_scale"), arg("softcap"), Integer("window_left"),
+             Integer("window_right"), arg("dropout_p"));
 }
 
 }  // namespace flashtrain::bindings

@@ -13,6 +13,10 @@
 
 namespace flashtrain::bindings {
 
+// An integer argument: without conversion, which would cut off what a NumPy or tensor number has
+// after the point.
+inline pybind11::arg Integer(const char* name) { return pybind11::arg(name).noconvert(); }
+
 // Makes the argument's CUDA device current for its lifetime; does nothing for a CPU tensor.
 // Throws std::runtime_error if CUDA refuses (no driver, no such device).
 class DeviceGuard {

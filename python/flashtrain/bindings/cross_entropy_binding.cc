@@ -95,16 +95,16 @@ void RegisterCrossEntropy(py::module_& module) {
   using py::arg;
   module.def("cross_entropy_forward", &Forward, arg("logits"), arg("labels"), arg("known_lse"),
              arg("label_smoothing"), arg("logit_scale"), arg("lse_square_scale"),
-             arg("ignore_index"), arg("first_class"), arg("num_classes"), arg("partial"),
-             arg("losses"), arg("lse"), arg("z_losses"), arg("stream"));
+             Integer("ignore_index"), Integer("first_class"), Integer("num_classes"),
+             arg("partial"), arg("losses"), arg("lse"), arg("z_losses"), Integer("stream"));
   module.def("cross_entropy_backward", &Backward, arg("dlosses"), arg("logits"), arg("labels"),
              arg("lse"), arg("label_smoothing"), arg("logit_scale"), arg("lse_square_scale"),
-             arg("ignore_index"), arg("first_class"), arg("num_classes"), arg("dlogits"),
-             arg("stream"));
+             Integer("ignore_index"), Integer("first_class"), Integer("num_classes"),
+             arg("dlogits"), Integer("stream"));
   module.def("cross_entropy_forward_backward", &ForwardBackward, arg("logits"), arg("labels"),
              arg("dlosses"), arg("label_smoothing"), arg("logit_scale"), arg("lse_square_scale"),
-             arg("ignore_index"), arg("num_classes"), arg("losses"), arg("z_losses"),
-             arg("dlogits"), arg("stream"));
+             Integer("ignore_index"), Integer("num_classes"), arg("losses"), arg("z_losses"),
+             arg("dlogits"), Integer("stream"));
 }
 
 }  // namespace flashtrain::bindings

@@ -226,20 +226,20 @@ int64_t Version() {
 
 void RegisterFusedDense(py::module_& module) {
   using py::arg;
-  module.def("dense_activation_forward", &Forward, arg("x"), arg("bias"), arg("activation"),
-             arg("pre_act"), arg("out"), arg("stream"));
-  module.def("dense_activation_backward", &Backward, arg("dout"), arg("pre_act"), arg("activation"),
-             arg("dx"), arg("dbias"), arg("allocate"), arg("stream"));
+  module.def("dense_activation_forward", &Forward, arg("x"), arg("bias"), Integer("activation"),
+             arg("pre_act"), arg("out"), Integer("stream"));
+  module.def("dense_activation_backward", &Backward, arg("dout"), arg("pre_act"),
+             Integer("activation"), arg("dx"), arg("dbias"), arg("allocate"), Integer("stream"));
   module.def("dense_matmul_version", &Version);
-  module.def("dense_matmul_algorithms", &Algorithms, arg("matmul"), arg("left"), arg("right"),
-             arg("out"), arg("bias"), arg("pre_act"), arg("dbias"), arg("activation"),
-             arg("allow_tf32"), arg("max_algorithms"));
-  module.def("dense_matmul_check", &Check, arg("matmul"), arg("left"), arg("right"), arg("out"),
-             arg("bias"), arg("pre_act"), arg("dbias"), arg("activation"), arg("allow_tf32"),
+  module.def("dense_matmul_algorithms", &Algorithms, Integer("matmul"), arg("left"), arg("right"),
+             arg("out"), arg("bias"), arg("pre_act"), arg("dbias"), Integer("activation"),
+             arg("allow_tf32"), Integer("max_algorithms"));
+  module.def("dense_matmul_check", &Check, Integer("matmul"), arg("left"), arg("right"), arg("out"),
+             arg("bias"), arg("pre_act"), arg("dbias"), Integer("activation"), arg("allow_tf32"),
              arg("algorithm"));
-  module.def("dense_matmul", &Matmul, arg("matmul"), arg("left"), arg("right"), arg("out"),
-             arg("bias"), arg("pre_act"), arg("dbias"), arg("activation"), arg("allow_tf32"),
-             arg("algorithm"), arg("allocate"), arg("stream"));
+  module.def("dense_matmul", &Matmul, Integer("matmul"), arg("left"), arg("right"), arg("out"),
+             arg("bias"), arg("pre_act"), arg("dbias"), Integer("activation"), arg("allow_tf32"),
+             arg("algorithm"), arg("allocate"), Integer("stream"));
 }
 
 }  // namespace flashtrain::bindings

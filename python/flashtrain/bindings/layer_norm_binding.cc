@@ -100,12 +100,12 @@ void RegisterLayerNorm(py::module_& module) {
   module.def("layer_norm_forward", &Forward, arg("x0"), arg("residual"), arg("weight"), arg("bias"),
              arg("rowscale"), arg("layerscale"), arg("rng_state"), arg("dropout_p"), arg("epsilon"),
              arg("is_rms_norm"), arg("zero_centered_weight"), arg("z"), arg("x"), arg("mean"),
-             arg("rstd"), arg("dropout_mask"), arg("stream"));
+             arg("rstd"), arg("dropout_mask"), Integer("stream"));
   module.def("layer_norm_backward", &Backward, arg("dz"), arg("dx"), arg("x"), arg("x0"),
              arg("mean"), arg("rstd"), arg("weight"), arg("rowscale"), arg("layerscale"),
              arg("rng_state"), arg("dropout_p"), arg("is_rms_norm"), arg("zero_centered_weight"),
              arg("dx0"), arg("dresidual"), arg("dweight"), arg("dbias"), arg("dlayerscale"),
-             arg("allocate"), arg("stream"));
+             arg("allocate"), Integer("stream"));
 }
 
 }  // namespace flashtrain::bindings

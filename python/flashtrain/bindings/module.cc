@@ -9,6 +9,7 @@
 #include "flashtrain/common/parallel.h"
 #include "python/flashtrain/bindings/adamw_binding.h"
 #include "python/flashtrain/bindings/attention_binding.h"
+#include "python/flashtrain/bindings/call.h"
 #include "python/flashtrain/bindings/cross_entropy_binding.h"
 #include "python/flashtrain/bindings/fused_dense_binding.h"
 #include "python/flashtrain/bindings/layer_norm_binding.h"
@@ -29,7 +30,7 @@ void SetNumThreads(int64_t num_threads) {
 
 PYBIND11_MODULE(_kernels, module) {
   module.doc() = "flashtrain's C++ and CUDA kernels; signatures in _kernels.pyi.";
-  module.def("set_num_threads", &SetNumThreads, pybind11::arg("num_threads"));
+  module.def("set_num_threads", &SetNumThreads, flashtrain::bindings::Integer("num_threads"));
   module.def("get_num_threads", &flashtrain::GetNumThreads);
   flashtrain::bindings::RegisterAdamW(module);
   flashtrain::bindings::RegisterCrossEntropy(module);

@@ -53,6 +53,10 @@ class Operands {
     const TensorArg table(name, object);
     table.ExpectSameDevice(x_);
     const TensorArg::Matrix matrix = table.ExpectMatrix();
+    if (matrix.cols == 0) {
+      throw std::invalid_argument(std::string(name) +
+                                  ": got no columns; supported: [positions, rotary_dim / 2]");
+    }
     if (p.rotary_dim == 0) {
       p.table_dtype = table.float_dtype();
       p.table_len = matrix.rows, p.rotary_dim = 2 * matrix.cols;
@@ -182,9 +186,9 @@ void CallRotary(py::handle x, py::handle out, py::handle cos, py::handle sin, py
 void RegisterRotary(py::module_& module) {
   using py::arg;
   module.def("rotary", &CallRotary, arg("x"), arg("out"), arg("cos"), arg("sin"), arg("cos_k"),
-             arg("sin_k"), arg("num_heads_q"), arg("num_heads_k"), arg("seqlen_offset"),
+             arg("sin_k"), Integer("num_heads_q"), Integer("num_heads_k"), Integer("seqlen_offset"),
              arg("seqlen_offsets"), arg("cu_seqlens"), arg("position_ids"), arg("interleaved"),
-             arg("conjugate"), arg("stream"));
+             arg("conjugate"), Integer("stream"));
 }
 
 }  // namespace flashtrain::bindings

@@ -30,7 +30,7 @@ void ScaleTensor(py::handle x, py::handle factor, py::handle y, uintptr_t stream
 
 void RegisterScale(py::module_& module) {
   using py::arg;
-  module.def("scale", &ScaleTensor, arg("x"), arg("factor"), arg("y"), arg("stream"));
+  module.def("scale", &ScaleTensor, arg("x"), arg("factor"), arg("y"), Integer("stream"));
 }
 
 }  // namespace flashtrain::bindings

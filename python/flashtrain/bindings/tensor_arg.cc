@@ -312,6 +312,7 @@ TensorArg::Matrix TensorArg::ExpectMatrix() const {
     }
     inner_rows *= size(i);
   }
+  if (matrix.rows > 1 && matrix.row_stride < matrix.cols) Fail("rows that do not overlap");
   return matrix;
 }
 
