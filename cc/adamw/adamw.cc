@@ -89,24 +89,18 @@ Status ValidateNorm(const GradNormParams& p) {
   return needed == 0 ? Status() : CheckNotNull(p.workspace, "workspace", "for these gradients");
 }
 
-// Errors say which function refused.
-Status Named(const char* function, const Status& status) {
-  if (status.code() != StatusCode::kInvalidArgument) return status;
-  return Status::InvalidArgument(std::string(function) + ": " + status.message());
-}
-
 }  // namespace
 
 Status AdamWStep(const AdamWParams& params, Device device, void* stream) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named("AdamWStep", Validate(params)));
-  if (device.type == DeviceType::kCuda) return Named("AdamWStep", AdamWStepCuda(params, stream));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(params).In("AdamWStep"));
+  if (device.type == DeviceType::kCuda) return AdamWStepCuda(params, stream).In("AdamWStep");
   AdamWStepCpu(params);
   return Status();
 }
 
 Status GradNorm(const GradNormParams& params, Device device, void* stream) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named("GradNorm", ValidateNorm(params)));
-  if (device.type == DeviceType::kCuda) return Named("GradNorm", GradNormCuda(params, stream));
+  FLASHTRAIN_RETURN_IF_ERROR(ValidateNorm(params).In("GradNorm"));
+  if (device.type == DeviceType::kCuda) return GradNormCuda(params, stream).In("GradNorm");
   GradNormCpu(params);
   return Status();
 }

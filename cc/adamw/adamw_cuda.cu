@@ -7,17 +7,12 @@
 #include <vector>
 
 #include "flashtrain/adamw/adamw_kernel.cuh"
+#include "flashtrain/common/cuda_host.h"
 
 namespace flashtrain {
 namespace {
 
-Status FromCuda(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return Status();
-  const std::string message =
-      std::string("AdamWStep: ") + what + " failed: " + cudaGetErrorString(error);
-  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
-  return no_device ? Status::Unavailable(message) : Status::Internal(message);
-}
+constexpr char kOp[] = "AdamWStep";
 
 // Part of the table, by value: no host memory has to outlive the call, and a captured graph keeps
 // it. A kernel takes 32,764 bytes of parameters.
@@ -41,14 +36,12 @@ Status WriteTable(const std::vector<uint4>& table, void* to, cudaStream_t stream
     page.words = static_cast<int>(std::min<size_t>(TablePage::kWords, table.size() - begin));
     std::memcpy(page.word, table.data() + begin, page.words * sizeof(uint4));
     adamw_table_kernel<<<(page.words + 255) / 256, 256, 0, stream>>>(page);
-    FLASHTRAIN_RETURN_IF_ERROR(FromCuda(cudaGetLastError(), "launch of the table's kernel"));
+    FLASHTRAIN_RETURN_IF_ERROR(FromCuda(cudaGetLastError(), kOp, "launch of the table's kernel"));
   }
   return Status();
 }
 
-bool IsAligned(const void* ptr, DType dtype) {
-  return reinterpret_cast<uintptr_t>(ptr) % (4 * DTypeSize(dtype)) == 0;
-}
+bool IsAligned(const void* ptr, DType dtype) { return IsAlignedTo(ptr, 4 * DTypeSize(dtype)); }
 
 AdamWRecord MakeRecord(const AdamWTensor& t, int64_t first_chunk) {
   AdamWRecord r;
@@ -165,7 +158,7 @@ Status AdamWStepCuda(const AdamWParams& p, void* stream) {
   // Without elements there are still steps to count.
   const auto ctas = static_cast<unsigned>(std::max<int64_t>(1, chunks));
   adamw_kernel<<<ctas, kAdamWThreads, 0, cuda_stream>>>(launch);
-  return FromCuda(cudaGetLastError(), "launch");
+  return FromCuda(cudaGetLastError(), kOp, "launch");
 }
 
 }  // namespace flashtrain

@@ -4,18 +4,12 @@
 #include <string>
 
 #include "flashtrain/adamw/grad_norm_kernel.cuh"
+#include "flashtrain/common/cuda_host.h"
 
 namespace flashtrain {
 namespace {
 
 constexpr int kThreads = 512, kUnroll = 2, kFinishThreads = 1024;
-
-Status FromCuda(cudaError_t error) {
-  if (error == cudaSuccess) return Status();
-  const std::string message = std::string("GradNorm: launch failed: ") + cudaGetErrorString(error);
-  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
-  return no_device ? Status::Unavailable(message) : Status::Internal(message);
-}
 
 // The tensors that are collected for the next launch, and where its partial sums go.
 struct Batch {
@@ -27,7 +21,7 @@ struct Batch {
     if (chunks > 0) {
       grad_norm_kernel<kThreads, kGradNormChunk, kUnroll>
           <<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(launch);
-      FLASHTRAIN_RETURN_IF_ERROR(FromCuda(cudaGetLastError()));
+      FLASHTRAIN_RETURN_IF_ERROR(FromCuda(cudaGetLastError(), "GradNorm", "launch"));
     }
     total_chunks += chunks;
     launch.partials += chunks;
@@ -47,7 +41,7 @@ Status GradNormCuda(const GradNormParams& p, void* stream) {
   for (int64_t i = 0; i < p.num_tensors; ++i) {
     const GradNormTensor& t = p.tensors[i];
     if (t.numel == 0) continue;
-    const int64_t chunks = (t.numel + kGradNormChunk - 1) / kGradNormChunk;
+    const int64_t chunks = CeilDivide(t.numel, kGradNormChunk);
     if (chunks > kMaxChunks) {
       return Status::InvalidArgument("tensors[" + std::to_string(i) + "].numel is " +
                                      std::to_string(t.numel) + "; supported: fewer than 2^46");
@@ -58,13 +52,13 @@ Status GradNormCuda(const GradNormParams& p, void* stream) {
     }
     GradNormRecord& record = batch.launch.tensors[batch.launch.num_tensors++];
     record = {t.grad, t.numel, static_cast<int32_t>(batch.chunks), t.dtype,
-              reinterpret_cast<uintptr_t>(t.grad) % 16 == 0};
+              IsAlignedTo(t.grad, 16)};
     batch.chunks += chunks;
   }
   FLASHTRAIN_RETURN_IF_ERROR(batch.Launch(cuda_stream));
   grad_norm_finish_kernel<kFinishThreads><<<1, kFinishThreads, 0, cuda_stream>>>(
       static_cast<const double*>(p.workspace), batch.total_chunks, p.norm);
-  return FromCuda(cudaGetLastError());
+  return FromCuda(cudaGetLastError(), "GradNorm", "launch");
 }
 
 }  // namespace flashtrain

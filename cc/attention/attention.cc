@@ -142,23 +142,17 @@ Params Tightened(Params p) {
   return p;
 }
 
-// Errors say which function refused.
-Status Named(const char* function, const Status& status) {
-  if (status.ok()) return status;
-  return Status::InvalidArgument(std::string(function) + ": " + status.message());
-}
-
 }  // namespace
 
 Status AttentionForward(const AttentionForwardParams& params) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named("AttentionForward", Validate(params)));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(params).In("AttentionForward"));
   AttentionForwardCpu(Tightened(params));
   return Status();
 }
 
 Status AttentionBackward(const AttentionBackwardParams& params) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named("AttentionBackward", Validate(params)));
-  FLASHTRAIN_RETURN_IF_ERROR(Named("AttentionBackward", ValidateGradients(params)));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(params).In("AttentionBackward"));
+  FLASHTRAIN_RETURN_IF_ERROR(ValidateGradients(params).In("AttentionBackward"));
   AttentionBackwardCpu(Tightened(params));
   return Status();
 }

@@ -23,20 +23,20 @@ __device__ __forceinline__ float SumOfWarps(const float* values, int warps) {
 
 // A CTA's warps in groups of `warps` consecutive ones. All groups must call Sum together: it
 // synchronises the CTA unless a group is one warp.
-struct WarpGroup {
+struct RowWarps {
   static constexpr int kMaxWarps = 16;
 
   int warps;   // in this group
   int index;   // of this group in the CTA
   int thread;  // of the calling thread in its group
 
-  __device__ __forceinline__ explicit WarpGroup(int warps_per_group)
+  __device__ __forceinline__ explicit RowWarps(int warps_per_group)
       : warps(warps_per_group),
         index(static_cast<int>(threadIdx.x) / (32 * warps_per_group)),
         thread(static_cast<int>(threadIdx.x) % (32 * warps_per_group)) {}
 
   // Of a CTA of (threads of a group, groups) threads: without a division before the first load.
-  __device__ __forceinline__ WarpGroup()
+  __device__ __forceinline__ RowWarps()
       : warps(static_cast<int>(blockDim.x) / 32),
         index(static_cast<int>(threadIdx.y)),
         thread(static_cast<int>(threadIdx.x)) {}

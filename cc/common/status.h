@@ -31,6 +31,11 @@ class Status {
 
   bool ok() const { return code_ == StatusCode::kOk; }
   StatusCode code() const { return code_; }
+  // The same, with a function's name in front of a message about the caller's arguments.
+  Status In(const char* function) const {
+    if (code_ != StatusCode::kInvalidArgument) return *this;
+    return InvalidArgument(std::string(function) + ": " + message_);
+  }
   // One line: the argument's name, what came, what is supported. Empty when ok().
   const std::string& message() const { return message_; }
 

@@ -101,17 +101,11 @@ Status ValidateForwardBackward(const CrossEntropyParams& p) {
   return ValidateGradient(p);
 }
 
-// Errors say which function refused.
-Status Named(const char* function, const Status& status) {
-  if (status.code() != StatusCode::kInvalidArgument) return status;
-  return Status::InvalidArgument(std::string(function) + ": " + status.message());
-}
-
 Status Run(const CrossEntropyParams& p, CrossEntropyPass pass, const char* function,
            const Status& valid, Device device, void* stream) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named(function, valid));
+  FLASHTRAIN_RETURN_IF_ERROR(valid.In(function));
   if (device.type == DeviceType::kCuda) return CrossEntropyCuda(p, pass, stream);
-  return Named(function, CrossEntropyCpu(p, pass));
+  return CrossEntropyCpu(p, pass).In(function);
 }
 
 }  // namespace

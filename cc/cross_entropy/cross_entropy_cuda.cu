@@ -3,21 +3,14 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
-#include <utility>
 
+#include "flashtrain/common/cuda_host.h"
 #include "flashtrain/cross_entropy/cross_entropy_cuda.h"
 
 namespace flashtrain {
 namespace {
 
-Status FromCuda(int error, const char* what) {
-  if (error == cudaSuccess) return Status();
-  const std::string message = std::string("cross_entropy: ") + what +
-                              " failed: " + cudaGetErrorString(static_cast<cudaError_t>(error));
-  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
-  return no_device ? Status::Unavailable(message) : Status::Internal(message);
-}
+constexpr char kOp[] = "cross_entropy";
 
 const CrossEntropyCudaKernels& Kernels(DType dtype) {
   switch (dtype) {
@@ -42,24 +35,16 @@ int ThreadsFor(const CrossEntropyTile& tile, int64_t vecs) {
 Status KeepRow(const CrossEntropyTile& tile, int64_t vecs, CrossEntropyLaunch* launch) {
   constexpr int kReservedBytes = 2048;  // of shared memory, per CTA: the system's and static arrays
   constexpr int kMaxCtas = 32;          // of a multiprocessor
-  int device = 0, multiprocessors = 0, shared_per_cta = 0, shared_per_multiprocessor = 0;
-  FLASHTRAIN_RETURN_IF_ERROR(FromCuda(cudaGetDevice(&device), "cudaGetDevice"));
-  const std::pair<cudaDeviceAttr, int*> wanted[] = {
-      {cudaDevAttrMultiProcessorCount, &multiprocessors},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_per_cta},
-      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_per_multiprocessor}};
-  for (const auto& [attribute, value] : wanted) {
-    FLASHTRAIN_RETURN_IF_ERROR(
-        FromCuda(cudaDeviceGetAttribute(value, attribute, device), "cudaDeviceGetAttribute"));
-  }
+  DeviceLimits device;
+  FLASHTRAIN_RETURN_IF_ERROR(GetDeviceLimits(kOp, &device));
   const int64_t bytes = std::max<int64_t>(vecs, 1) * kVecBytes;
-  if (bytes + kReservedBytes > shared_per_cta) return Status();
+  if (bytes + kReservedBytes > device.shared_per_cta) return Status();
   launch->threads = ThreadsFor(tile, vecs);
   launch->shared_bytes = static_cast<int>(bytes);
-  const int by_memory = shared_per_multiprocessor / (launch->shared_bytes + kReservedBytes);
+  const int by_memory = device.shared_per_multiprocessor / (launch->shared_bytes + kReservedBytes);
   const int by_registers = tile.max_threads * tile.min_ctas / launch->threads;
-  launch->ctas =
-      std::min(launch->ctas, std::min({by_memory, by_registers, kMaxCtas}) * multiprocessors);
+  launch->ctas = std::min(launch->ctas,
+                          std::min({by_memory, by_registers, kMaxCtas}) * device.multiprocessors);
   return Status();
 }
 
@@ -75,7 +60,7 @@ Status CrossEntropyCuda(const CrossEntropyParams& p, CrossEntropyPass pass, void
   if (pass == CrossEntropyPass::kForwardBackward) {
     FLASHTRAIN_RETURN_IF_ERROR(KeepRow(CrossEntropyTileOf(pass, /*keep=*/true), vecs, &launch));
   }
-  return FromCuda(Kernels(p.dtype).launch(p, pass, launch, stream), "launch");
+  return FromCuda(Kernels(p.dtype).launch(p, pass, launch, stream), kOp, "launch");
 }
 
 }  // namespace flashtrain

@@ -1,28 +1,12 @@
-// The kernels of one dtype, compiled once for each: FLASHTRAIN_TYPE is the C++ type,
+// The kernels of one dtype, compiled once for each: FLASHTRAIN_A is the C++ type,
 // FLASHTRAIN_TABLE the name of the table.
-#include <atomic>
-
+#include "flashtrain/common/shared_memory.cuh"
 #include "flashtrain/cross_entropy/cross_entropy_kernel.cuh"
 
 namespace flashtrain {
 namespace {
 
-using T = FLASHTRAIN_TYPE;
-
-// More than 48 KiB of shared memory, static arrays included, has to be allowed, once per device.
-template <auto kKernel>
-cudaError_t AllowSharedMemory(int bytes) {
-  constexpr int kDefaultBytes = 44 * 1024, kMaxDevices = 64;
-  if (bytes <= kDefaultBytes) return cudaSuccess;
-  static std::atomic<int> allowed[kMaxDevices];
-  int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (device < kMaxDevices && allowed[device].load() >= bytes) return cudaSuccess;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess && device < kMaxDevices) allowed[device].store(bytes);
-  return error;
-}
+using T = FLASHTRAIN_A;
 
 template <CrossEntropyPass kPass, bool kKeep>
 int LaunchPass(const CrossEntropyParams& p, const CrossEntropyLaunch& launch, void* stream) {

@@ -61,17 +61,11 @@ Status ValidateWorkspace(const DenseActivationBackwardParams& p, int64_t needed)
   return Status();
 }
 
-// Errors say which function refused.
-Status Named(const char* function, const Status& status) {
-  if (status.code() != StatusCode::kInvalidArgument) return status;
-  return Status::InvalidArgument(std::string(function) + ": " + status.message());
-}
-
 }  // namespace
 
 Status DenseActivationForward(const DenseActivationForwardParams& params, Device device,
                               void* stream) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named("DenseActivationForward", Validate(params)));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(params).In("DenseActivationForward"));
   if (device.type == DeviceType::kCuda) return DenseActivationForwardCuda(params, stream);
   DenseActivationForwardCpu(params);
   return Status();
@@ -79,9 +73,9 @@ Status DenseActivationForward(const DenseActivationForwardParams& params, Device
 
 Status DenseActivationBackward(const DenseActivationBackwardParams& params, Device device,
                                void* stream) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named("DenseActivationBackward", Validate(params)));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(params).In("DenseActivationBackward"));
   const int64_t needed = DenseActivationBackwardWorkspaceBytes(params, device);
-  FLASHTRAIN_RETURN_IF_ERROR(Named("DenseActivationBackward", ValidateWorkspace(params, needed)));
+  FLASHTRAIN_RETURN_IF_ERROR(ValidateWorkspace(params, needed).In("DenseActivationBackward"));
   if (device.type == DeviceType::kCuda) return DenseActivationBackwardCuda(params, stream);
   DenseActivationBackwardCpu(params);
   return Status();

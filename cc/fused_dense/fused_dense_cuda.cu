@@ -2,25 +2,17 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <string>
 
+#include "flashtrain/common/cuda_host.h"
 #include "flashtrain/fused_dense/fused_dense_cuda.h"
 #include "flashtrain/fused_dense/fused_dense_kernel.cuh"
 
 namespace flashtrain {
 namespace {
 
-Status FromCuda(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return Status();
-  const std::string message =
-      std::string("fused_dense: ") + what + " failed: " + cudaGetErrorString(error);
-  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
-  return no_device ? Status::Unavailable(message) : Status::Internal(message);
-}
+constexpr char kOp[] = "fused_dense";
 
-constexpr int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool IsAligned(const void* ptr) { return reinterpret_cast<uintptr_t>(ptr) % 16 == 0; }
+bool IsAligned(const void* ptr) { return IsAlignedTo(ptr, 16); }
 
 bool IsVectorizable(const DenseActivationForwardParams& p) {
   return p.cols * DTypeSize(p.dtype) % 16 == 0 && IsAligned(p.x) && IsAligned(p.bias) &&
@@ -100,7 +92,7 @@ Status DenseActivationForwardCuda(const DenseActivationForwardParams& p, void* s
   const cudaError_t error = WithType(p.dtype, [&](auto type) {
     return Forward<decltype(type)>(p, static_cast<cudaStream_t>(stream));
   });
-  return FromCuda(error, "forward launch");
+  return FromCuda(error, kOp, "forward launch");
 }
 
 int64_t DenseActivationBackwardWorkspaceBytesCuda(const DenseActivationBackwardParams& p) {
@@ -112,7 +104,7 @@ Status DenseActivationBackwardCuda(const DenseActivationBackwardParams& p, void*
   const cudaError_t error = WithType(p.dtype, [&](auto type) {
     return Backward<decltype(type)>(p, static_cast<cudaStream_t>(stream));
   });
-  return FromCuda(error, "backward launch");
+  return FromCuda(error, kOp, "backward launch");
 }
 
 }  // namespace flashtrain

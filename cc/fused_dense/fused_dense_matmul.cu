@@ -11,6 +11,7 @@
 
 #include "flashtrain/common/check.h"
 #include "flashtrain/common/cublas_lt.h"
+#include "flashtrain/common/cuda_host.h"
 #include "flashtrain/fused_dense/fused_dense.h"
 
 namespace flashtrain {
@@ -162,10 +163,7 @@ Status FindHandle(const CublasLt& lt, cublasLtHandle_t* handle) {
   static cublasLtHandle_t handles[kMaxDevices] = {};
   static std::mutex mutex;
   int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
-    return Status::Unavailable(std::string("fused_dense: cudaGetDevice failed: ") +
-                               cudaGetErrorString(error));
-  }
+  FLASHTRAIN_RETURN_IF_ERROR(FromCuda(cudaGetDevice(&device), "fused_dense", "cudaGetDevice"));
   if (device >= kMaxDevices) {
     return Status::Unavailable("fused_dense: device " + std::to_string(device) +
                                "; supported: up to " + std::to_string(kMaxDevices - 1));
@@ -192,11 +190,6 @@ struct Library {
     return FindHandle(*lt, &handle);
   }
 };
-
-Status Named(const Status& status) {
-  if (status.code() != StatusCode::kInvalidArgument) return status;
-  return Status::InvalidArgument("DenseMatmul: " + status.message());
-}
 
 cublasLtMatmulAlgo_t ToCublas(const DenseMatmulAlgorithm& algorithm) {
   cublasLtMatmulAlgo_t algo;
@@ -283,7 +276,7 @@ Status DenseMatmulVersion(int64_t* version) {
 Status DenseMatmulAlgorithms(const DenseMatmulParams& p, int max_algorithms,
                              std::vector<DenseMatmulAlgorithm>* algorithms) {
   algorithms->clear();
-  FLASHTRAIN_RETURN_IF_ERROR(Named(Validate(p)));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(p).In("DenseMatmul"));
   Library library;
   FLASHTRAIN_RETURN_IF_ERROR(library.Find());
   Problem problem(*library.lt, p);
@@ -307,7 +300,7 @@ Status DenseMatmulAlgorithms(const DenseMatmulParams& p, int max_algorithms,
 }
 
 Status DenseMatmulCheck(const DenseMatmulParams& p, const DenseMatmulAlgorithm& algorithm) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named(Validate(p)));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(p).In("DenseMatmul"));
   Library library;
   FLASHTRAIN_RETURN_IF_ERROR(library.Find());
   Problem problem(*library.lt, p);
@@ -322,10 +315,10 @@ Status DenseMatmulCheck(const DenseMatmulParams& p, const DenseMatmulAlgorithm& 
 
 Status DenseMatmulRun(const DenseMatmulParams& p, const DenseMatmulAlgorithm& algorithm,
                       void* workspace, void* stream) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named(Validate(p)));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(p).In("DenseMatmul"));
   for (const auto& [ptr, name] : {std::pair(p.left, "left"), std::pair(p.right, "right"),
                                   std::pair<const void*, const char*>(p.out, "out")}) {
-    FLASHTRAIN_RETURN_IF_ERROR(Named(CheckNotNull(ptr, name, "for a product")));
+    FLASHTRAIN_RETURN_IF_ERROR(CheckNotNull(ptr, name, "for a product").In("DenseMatmul"));
   }
   for (const void* ptr : {p.left, p.right, static_cast<const void*>(p.out), p.bias,
                           static_cast<const void*>(p.pre_act), static_cast<const void*>(p.dbias)}) {
@@ -334,7 +327,8 @@ Status DenseMatmulRun(const DenseMatmulParams& p, const DenseMatmulAlgorithm& al
     }
   }
   if (algorithm.workspace_bytes > 0) {
-    FLASHTRAIN_RETURN_IF_ERROR(Named(CheckNotNull(workspace, "workspace", "for this algorithm")));
+    FLASHTRAIN_RETURN_IF_ERROR(
+        CheckNotNull(workspace, "workspace", "for this algorithm").In("DenseMatmul"));
   }
   Library library;
   FLASHTRAIN_RETURN_IF_ERROR(library.Find());

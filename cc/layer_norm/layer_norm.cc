@@ -111,25 +111,19 @@ Status ValidateWorkspace(const LayerNormBackwardParams& p, int64_t needed) {
   return Status();
 }
 
-// Errors say which function refused.
-Status Named(const char* function, const Status& status) {
-  if (status.code() != StatusCode::kInvalidArgument) return status;
-  return Status::InvalidArgument(std::string(function) + ": " + status.message());
-}
-
 }  // namespace
 
 Status LayerNormForward(const LayerNormForwardParams& params, Device device, void* stream) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named("LayerNormForward", Validate(params)));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(params).In("LayerNormForward"));
   if (device.type == DeviceType::kCuda) return LayerNormForwardCuda(params, stream);
   LayerNormForwardCpu(params);
   return Status();
 }
 
 Status LayerNormBackward(const LayerNormBackwardParams& params, Device device, void* stream) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named("LayerNormBackward", ValidateBackward(params)));
+  FLASHTRAIN_RETURN_IF_ERROR(ValidateBackward(params).In("LayerNormBackward"));
   const int64_t needed = LayerNormBackwardWorkspaceBytes(params, device);
-  FLASHTRAIN_RETURN_IF_ERROR(Named("LayerNormBackward", ValidateWorkspace(params, needed)));
+  FLASHTRAIN_RETURN_IF_ERROR(ValidateWorkspace(params, needed).In("LayerNormBackward"));
   if (device.type == DeviceType::kCuda) return LayerNormBackwardCuda(params, stream);
   LayerNormBackwardCpu(params);
   return Status();

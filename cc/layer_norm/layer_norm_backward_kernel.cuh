@@ -28,7 +28,7 @@ struct BackwardPipeline : RowPipeline<kVecs, VecElements<TZ, TX>(), TZ, TX, TX> 
     return this->template Vec<TX>(slot, sizeof(TZ) + sizeof(TX), v);
   }
 
-  __device__ __forceinline__ void Load(const LayerNormBackwardParams& p, const WarpGroup& group,
+  __device__ __forceinline__ void Load(const LayerNormBackwardParams& p, const RowWarps& group,
                                        int64_t row, int slot) const {
     if (row < p.rows) {
 #pragma unroll
@@ -64,7 +64,7 @@ struct WeightGradients {
 // Adds a row's terms to the weight gradients; returns the thread's sums of xhat * wdz and of wdz.
 template <typename TZ, typename TX, int kVecs, int kN>
 __device__ __forceinline__ float2 BackwardSums(const LayerNormBackwardParams& p,
-                                               const WarpGroup& group,
+                                               const RowWarps& group,
                                                const BackwardPipeline<TZ, TX, kVecs>& pipeline,
                                                const RowStatistics& statistics,
                                                const SharedColumns<kVecs, kN>& weight,
@@ -95,7 +95,7 @@ __device__ __forceinline__ float2 BackwardSums(const LayerNormBackwardParams& p,
 template <bool kLean, typename TZ, typename TX, int kVecs, int kN>
 __device__ __forceinline__ void BackwardStore(const LayerNormBackwardParams& p,
                                               const DeviceScales<LayerNormBackwardParams>& scales,
-                                              const WarpGroup& group, int64_t row,
+                                              const RowWarps& group, int64_t row,
                                               const BackwardPipeline<TZ, TX, kVecs>& pipeline,
                                               const RowStatistics& statistics, float2 means,
                                               const SharedColumns<kVecs, kN>& weight) {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void BackwardStore(const LayerNormBackwardParams& p,
 // Adds up one gradient over the CTA's groups, in a tree, and writes the CTA's partial, [cols].
 // shared: [groups / 2 rounded up, cols]. Called by all threads.
 template <int kVecs, int kN>
-__device__ __forceinline__ void WritePartial(const WarpGroup& group, int groups, int64_t cols,
+__device__ __forceinline__ void WritePartial(const RowWarps& group, int groups, int64_t cols,
                                              float (&grad)[kVecs][kN], float* shared,
                                              float* partial) {
 #pragma unroll 1
@@ -170,22 +170,23 @@ __device__ __forceinline__ void WritePartial(const WarpGroup& group, int groups,
 
 // Dynamic shared memory: weight, then the pipeline's slots (reused for the gradients' sums).
 template <typename TZ, typename TX, int kVecs, bool kLean>
-__global__ void __launch_bounds__(BackwardTile<kVecs>::kMaxThreads, BackwardTile<kVecs>::kMinCtas)
+__global__ void __launch_bounds__(BackwardLimits<kVecs>::kMaxThreads,
+                                  BackwardLimits<kVecs>::kMinCtas)
     layer_norm_backward_kernel(const __grid_constant__ LayerNormBackwardParams p,
-                               const __grid_constant__ LayerNormTile tile) {
+                               const __grid_constant__ LayerNormLaunch launch) {
   using Pipeline = BackwardPipeline<TZ, TX, kVecs>;
   using Columns = SharedColumns<kVecs, Pipeline::kN>;
-  __shared__ float2 shared[LayerNormTile::kMaxGroups][2][WarpGroup::kMaxWarps];
+  __shared__ float2 shared[LayerNormLaunch::kMaxGroups][2][RowWarps::kMaxWarps];
   extern __shared__ float4 dynamic_shared[];
-  const WarpGroup group(tile.warps);
+  const RowWarps group(launch.warps);
   const Columns weight{dynamic_shared, group.size()};
   float4* const slots = weight.base + Columns::kFloat4s * group.size();
   const DeviceScales<LayerNormBackwardParams> scales(p);
   const float inverse_cols = 1.0f / static_cast<float>(p.cols);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * tile.groups;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * tile.groups + group.index;
-  Pipeline pipeline{{reinterpret_cast<char*>(slots), tile.stages}};
-  const int ahead = tile.stages - 1;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * launch.groups;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * launch.groups + group.index;
+  Pipeline pipeline{{reinterpret_cast<char*>(slots), launch.stages}};
+  const int ahead = launch.stages - 1;
   for (int i = 0; i < ahead; ++i) pipeline.Load(p, group, row + i * stride, i);
   RowStatistics statistics, next;
   next.Load(p, row);
@@ -211,13 +212,13 @@ __global__ void __launch_bounds__(BackwardTile<kVecs>::kMaxThreads, BackwardTile
   AsyncWait(0);
   // This CTA's partials: dweight, then dbias, whichever are wanted.
   float* const sums = reinterpret_cast<float*>(slots);
-  float* partial =
-      static_cast<float*>(p.workspace) + static_cast<int64_t>(blockIdx.x) * tile.num_grads * p.cols;
+  float* partial = static_cast<float*>(p.workspace) +
+                   static_cast<int64_t>(blockIdx.x) * launch.num_grads * p.cols;
   if (p.dweight != nullptr) {
-    WritePartial(group, tile.groups, p.cols, grads.dweight, sums, partial);
+    WritePartial(group, launch.groups, p.cols, grads.dweight, sums, partial);
     partial += p.cols;
   }
-  if (p.dbias != nullptr) WritePartial(group, tile.groups, p.cols, grads.dbias, sums, partial);
+  if (p.dbias != nullptr) WritePartial(group, launch.groups, p.cols, grads.dbias, sums, partial);
 }
 
 }  // namespace flashtrain

@@ -2,57 +2,15 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
-#include <mutex>
-#include <string>
-#include <utility>
 
+#include "flashtrain/common/cuda_host.h"
 #include "flashtrain/layer_norm/layer_norm_cuda.h"
 
 namespace flashtrain {
 namespace {
 
-Status FromCuda(int error, const char* what) {
-  if (error == cudaSuccess) return Status();
-  const std::string message = std::string("layer_norm: ") + what +
-                              " failed: " + cudaGetErrorString(static_cast<cudaError_t>(error));
-  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
-  return no_device ? Status::Unavailable(message) : Status::Internal(message);
-}
-
-struct DeviceLimits {
-  int multiprocessors = 0, compute_capability_major = 0;
-  int shared_per_cta = 0, shared_per_multiprocessor = 0;  // bytes
-};
-
-// Of the current device; asked for once per device.
-Status GetDeviceLimits(DeviceLimits* limits) {
-  constexpr int kMaxDevices = 64;
-  static DeviceLimits cache[kMaxDevices];
-  static std::atomic<bool> known[kMaxDevices];
-  static std::mutex mutex;
-  int device = 0;
-  FLASHTRAIN_RETURN_IF_ERROR(FromCuda(cudaGetDevice(&device), "cudaGetDevice"));
-  if (device < kMaxDevices && known[device].load(std::memory_order_acquire)) {
-    *limits = cache[device];
-    return Status();
-  }
-  const std::pair<cudaDeviceAttr, int*> wanted[] = {
-      {cudaDevAttrMultiProcessorCount, &limits->multiprocessors},
-      {cudaDevAttrComputeCapabilityMajor, &limits->compute_capability_major},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits->shared_per_cta},
-      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &limits->shared_per_multiprocessor}};
-  for (const auto& [attribute, value] : wanted) {
-    FLASHTRAIN_RETURN_IF_ERROR(
-        FromCuda(cudaDeviceGetAttribute(value, attribute, device), "cudaDeviceGetAttribute"));
-  }
-  if (device >= kMaxDevices) return Status();
-  std::lock_guard<std::mutex> lock(mutex);
-  cache[device] = *limits;
-  known[device].store(true, std::memory_order_release);
-  return Status();
-}
+constexpr char kOp[] = "layer_norm";
 
 // The vectorised kernels for x0 or dz of dtype `a` and x of dtype `b`, or null.
 const LayerNormCudaKernels* FindKernels(DType a, DType b) {
@@ -63,15 +21,13 @@ const LayerNormCudaKernels* FindKernels(DType a, DType b) {
   return half ? &kLayerNormFloat16Float32 : &kLayerNormBFloat16Float32;
 }
 
-constexpr int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct TileLimits {
+struct LaunchLimits {
   int vecs, max_warps, max_threads, min_ctas;
 };
 
 template <int kVecs>
-constexpr TileLimits Limits(int max_warps) {
-  return {kVecs, max_warps, BackwardTile<kVecs>::kMaxThreads, BackwardTile<kVecs>::kMinCtas};
+constexpr LaunchLimits Limits(int max_warps) {
+  return {kVecs, max_warps, BackwardLimits<kVecs>::kMaxThreads, BackwardLimits<kVecs>::kMinCtas};
 }
 
 template <typename Params>
@@ -85,24 +41,25 @@ int CountGradients(const LayerNormBackwardParams& p) {
 
 // Fills in the first kernel that is wide enough, as many rows a CTA and CTAs as the device holds,
 // and up to 3 stages of shared memory. False: none is wide enough, or there is no whole vector.
-bool FindBackwardTile(const DeviceLimits& device, const LayerNormBackwardParams& p, int n,
-                      LayerNormTile* tile) {
+bool ChooseBackwardLaunch(const DeviceLimits& device, const LayerNormBackwardParams& p, int n,
+                          LayerNormLaunch* launch) {
   constexpr int kMaxStages = 3;
   constexpr int kReservedBytes = 6144;  // of shared memory, per CTA: the system's and static arrays
-  const TileLimits choices[] = {Limits<1>(8), Limits<2>(16), Limits<4>(16)};
+  const LaunchLimits choices[] = {Limits<1>(8), Limits<2>(16), Limits<4>(16)};
   const int slot_bytes = n * (DTypeSize(p.z_dtype) + 2 * DTypeSize(p.x_dtype));
   const int64_t vectors = p.cols / n;
   if (vectors == 0) return false;
-  tile->num_grads = CountGradients(p);
-  tile->lean = IsUnscaled(p) && p.x0_dtype == p.z_dtype;
-  for (const TileLimits& limits : choices) {
+  launch->num_grads = CountGradients(p);
+  launch->lean = IsUnscaled(p) && p.x0_dtype == p.z_dtype;
+  for (const LaunchLimits& limits : choices) {
     if (vectors > int64_t{32} * limits.vecs * limits.max_warps) continue;
-    tile->vecs = limits.vecs;
-    tile->warps = static_cast<int>(CeilDivide(vectors, 32 * limits.vecs));
-    tile->groups = std::min(limits.max_threads / (32 * tile->warps), LayerNormTile::kMaxGroups);
-    const int threads = 32 * tile->warps * tile->groups;
+    launch->vecs = limits.vecs;
+    launch->warps = static_cast<int>(CeilDivide(vectors, 32 * limits.vecs));
+    launch->groups =
+        std::min(limits.max_threads / (32 * launch->warps), LayerNormLaunch::kMaxGroups);
+    const int threads = 32 * launch->warps * launch->groups;
     const int stage_bytes = threads * limits.vecs * slot_bytes;
-    const int weight_bytes = 32 * tile->warps * limits.vecs * n * static_cast<int>(sizeof(float));
+    const int weight_bytes = 32 * launch->warps * limits.vecs * n * static_cast<int>(sizeof(float));
     int resident = limits.max_threads * limits.min_ctas / threads;
     resident =
         std::max(1, std::min(resident, device.shared_per_multiprocessor /
@@ -110,11 +67,11 @@ bool FindBackwardTile(const DeviceLimits& device, const LayerNormBackwardParams&
     const int budget =
         std::min(device.shared_per_cta, device.shared_per_multiprocessor / resident) -
         kReservedBytes;
-    tile->stages = std::min(kMaxStages, (budget - weight_bytes) / stage_bytes);
-    if (tile->stages < 1) return false;
-    tile->shared_bytes = tile->stages * stage_bytes + weight_bytes;
-    tile->ctas = static_cast<int>(std::min<int64_t>(int64_t{resident} * device.multiprocessors,
-                                                    CeilDivide(p.rows, tile->groups)));
+    launch->stages = std::min(kMaxStages, (budget - weight_bytes) / stage_bytes);
+    if (launch->stages < 1) return false;
+    launch->shared_bytes = launch->stages * stage_bytes + weight_bytes;
+    launch->ctas = static_cast<int>(std::min<int64_t>(int64_t{resident} * device.multiprocessors,
+                                                      CeilDivide(p.rows, launch->groups)));
     return true;
   }
   return false;
@@ -153,9 +110,9 @@ int GeneralCtas(int64_t rows, const DeviceLimits& device) {
 
 template <int kN, bool kLean>
 constexpr int MaxForwardThreads(int vecs) {
-  return vecs == 2   ? ForwardTile<2, kN, kLean>::kMaxThreads
-         : vecs == 3 ? ForwardTile<3, kN, kLean>::kMaxThreads
-                     : ForwardTile<4, kN, kLean>::kMaxThreads;
+  return vecs == 2   ? ForwardLimits<2, kN, kLean>::kMaxThreads
+         : vecs == 3 ? ForwardLimits<3, kN, kLean>::kMaxThreads
+                     : ForwardLimits<4, kN, kLean>::kMaxThreads;
 }
 
 int MaxForwardWarps(int n, bool lean, int vecs) {
@@ -167,23 +124,23 @@ int MaxForwardWarps(int n, bool lean, int vecs) {
 
 // The kernel that leaves the fewest threads without a vector, the narrowest of equals, and about 64
 // threads a CTA. False: none is wide enough, or the grid would be too large.
-bool FindForwardTile(const LayerNormForwardParams& p, int n, LayerNormTile* tile) {
+bool ChooseForwardLaunch(const LayerNormForwardParams& p, int n, LayerNormLaunch* launch) {
   constexpr int kThreads = 64;
-  tile->lean = IsUnscaled(p) && p.dropout_mask == nullptr && p.z_dtype == p.x0_dtype;
+  launch->lean = IsUnscaled(p) && p.dropout_mask == nullptr && p.z_dtype == p.x0_dtype;
   const int64_t vectors = p.cols / n;
   int64_t fewest_idle = 0;
   for (const int vecs : {2, 3, 4}) {
     const int64_t warps = CeilDivide(vectors, 32 * vecs), idle = 32 * vecs * warps - vectors;
-    if (warps > MaxForwardWarps(n, tile->lean, vecs)) continue;
-    if (tile->vecs != 0 && idle >= fewest_idle) continue;
+    if (warps > MaxForwardWarps(n, launch->lean, vecs)) continue;
+    if (launch->vecs != 0 && idle >= fewest_idle) continue;
     fewest_idle = idle;
-    tile->vecs = vecs;
-    tile->warps = static_cast<int>(warps);
+    launch->vecs = vecs;
+    launch->warps = static_cast<int>(warps);
   }
-  if (tile->vecs == 0) return false;
-  tile->groups = std::max(1, kThreads / (32 * tile->warps));
-  const int64_t ctas = CeilDivide(p.rows, tile->groups);
-  tile->ctas = static_cast<int>(ctas);
+  if (launch->vecs == 0) return false;
+  launch->groups = std::max(1, kThreads / (32 * launch->warps));
+  const int64_t ctas = CeilDivide(p.rows, launch->groups);
+  launch->ctas = static_cast<int>(ctas);
   return ctas <= std::numeric_limits<int>::max();
 }
 
@@ -191,48 +148,50 @@ bool FindForwardTile(const LayerNormForwardParams& p, int n, LayerNormTile* tile
 
 Status LayerNormForwardCuda(const LayerNormForwardParams& p, void* stream) {
   DeviceLimits device;
-  FLASHTRAIN_RETURN_IF_ERROR(GetDeviceLimits(&device));
+  FLASHTRAIN_RETURN_IF_ERROR(GetDeviceLimits(kOp, &device));
   if (p.rows == 0) return Status();
   const LayerNormCudaKernels* kernels = FindKernels(p.x0_dtype, p.x_dtype);
-  LayerNormTile tile;
+  LayerNormLaunch launch;
   if (kernels != nullptr && IsVectorizable(p, kernels->vec_elements) &&
-      FindForwardTile(p, kernels->vec_elements, &tile)) {
-    return FromCuda(kernels->forward(p, tile, stream), "forward launch");
+      ChooseForwardLaunch(p, kernels->vec_elements, &launch)) {
+    return FromCuda(kernels->forward(p, launch, stream), kOp, "forward launch");
   }
   const int ctas = GeneralCtas(p.rows, device);
-  return FromCuda(LaunchLayerNormForwardGeneral(p, ctas, stream), "forward launch");
+  return FromCuda(LaunchLayerNormForwardGeneral(p, ctas, stream), kOp, "forward launch");
 }
 
 // The largest of what the paths may use, so that it does not depend on alignment.
 int64_t LayerNormBackwardWorkspaceBytesCuda(const LayerNormBackwardParams& p) {
   DeviceLimits device;
-  if (!GetDeviceLimits(&device).ok()) return -1;
+  if (!GetDeviceLimits(kOp, &device).ok()) return -1;
   int64_t ctas = GeneralCtas(p.rows, device);
   const LayerNormCudaKernels* kernels = FindKernels(p.z_dtype, p.x_dtype);
-  LayerNormTile tile;
-  if (kernels != nullptr && FindBackwardTile(device, p, kernels->vec_elements, &tile)) {
-    ctas = std::max<int64_t>(ctas, tile.ctas);
+  LayerNormLaunch launch;
+  if (kernels != nullptr && ChooseBackwardLaunch(device, p, kernels->vec_elements, &launch)) {
+    ctas = std::max<int64_t>(ctas, launch.ctas);
   }
   return ctas * CountGradients(p) * p.cols * static_cast<int64_t>(sizeof(float));
 }
 
 Status LayerNormBackwardCuda(const LayerNormBackwardParams& p, void* stream) {
   DeviceLimits device;
-  FLASHTRAIN_RETURN_IF_ERROR(GetDeviceLimits(&device));
+  FLASHTRAIN_RETURN_IF_ERROR(GetDeviceLimits(kOp, &device));
   const LayerNormCudaKernels* kernels = FindKernels(p.z_dtype, p.x_dtype);
-  LayerNormTile tile;
+  LayerNormLaunch launch;
   if (p.rows == 0) {
-    tile.ctas = 0;
+    launch.ctas = 0;
   } else if (kernels != nullptr && IsVectorizable(p, kernels->vec_elements) &&
-             FindBackwardTile(device, p, kernels->vec_elements, &tile)) {
-    FLASHTRAIN_RETURN_IF_ERROR(FromCuda(kernels->backward(p, tile, stream), "backward launch"));
-  } else {
-    tile.ctas = GeneralCtas(p.rows, device);
+             ChooseBackwardLaunch(device, p, kernels->vec_elements, &launch)) {
     FLASHTRAIN_RETURN_IF_ERROR(
-        FromCuda(LaunchLayerNormBackwardGeneral(p, tile.ctas, stream), "backward launch"));
+        FromCuda(kernels->backward(p, launch, stream), kOp, "backward launch"));
+  } else {
+    launch.ctas = GeneralCtas(p.rows, device);
+    FLASHTRAIN_RETURN_IF_ERROR(
+        FromCuda(LaunchLayerNormBackwardGeneral(p, launch.ctas, stream), kOp, "backward launch"));
   }
-  return FromCuda(LaunchLayerNormReduce(p, tile.ctas, device.compute_capability_major >= 9, stream),
-                  "gradient sum launch");
+  return FromCuda(
+      LaunchLayerNormReduce(p, launch.ctas, device.compute_capability_major >= 9, stream), kOp,
+      "gradient sum launch");
 }
 
 }  // namespace flashtrain

@@ -13,7 +13,7 @@ Status LayerNormBackwardCuda(const LayerNormBackwardParams& params, void* stream
 int64_t LayerNormBackwardWorkspaceBytesCuda(const LayerNormBackwardParams& params);
 
 // How a launch spreads rows over threads; see layer_norm_kernel.cuh.
-struct LayerNormTile {
+struct LayerNormLaunch {
   static constexpr int kMaxGroups = 16;
 
   int vecs = 0;    // vectors of a row held by a thread
@@ -29,7 +29,7 @@ struct LayerNormTile {
 // Limits of the kernels that hold `kVecs` vectors of kN elements per thread: chosen by measurement
 // on one H100, where spilled registers cost up to 10% and warps that hide no latency more.
 template <int kVecs, int kN, bool kLean>
-struct ForwardTile {
+struct ForwardLimits {
   static constexpr int kMaxThreads = kVecs == 4            ? (kN == 4 ? 1024 : 512)
                                      : kLean && kVecs == 2 ? 512
                                                            : 256;
@@ -42,7 +42,7 @@ struct ForwardTile {
 // The register file has room for kMaxThreads * kMinCtas threads per multiprocessor, which sizes the
 // persistent grid.
 template <int kVecs>
-struct BackwardTile {
+struct BackwardLimits {
   static constexpr int kMaxThreads = kVecs == 1 ? 448 : 512;
   static constexpr int kMinCtas = kVecs == 1 ? 2 : 1;
 };
@@ -50,8 +50,9 @@ struct BackwardTile {
 // The kernels for one pair of dtypes. The results are cudaError_t.
 struct LayerNormCudaKernels {
   int vec_elements;
-  int (*forward)(const LayerNormForwardParams& params, const LayerNormTile& tile, void* stream);
-  int (*backward)(const LayerNormBackwardParams& params, const LayerNormTile& tile, void* stream);
+  int (*forward)(const LayerNormForwardParams& params, const LayerNormLaunch& launch, void* stream);
+  int (*backward)(const LayerNormBackwardParams& params, const LayerNormLaunch& launch,
+                  void* stream);
 };
 
 // Named by the dtypes of x0 (backward: of dz) and of x; other dtypes are run-time.

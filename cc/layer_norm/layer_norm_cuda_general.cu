@@ -6,7 +6,7 @@
 namespace flashtrain {
 namespace {
 
-constexpr int kWarps = WarpGroup::kMaxWarps;
+constexpr int kWarps = RowWarps::kMaxWarps;
 constexpr int kThreads = 32 * kWarps;
 
 // rowscale * keep of one element.
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
     layer_norm_forward_general_kernel(const __grid_constant__ LayerNormForwardParams p) {
   __shared__ float shared[kWarps];
   __shared__ float2 shared2[kWarps];
-  const WarpGroup group(kWarps);
+  const RowWarps group(kWarps);
   const DeviceScales<LayerNormForwardParams> scales(p);
   const float cols = static_cast<float>(p.cols);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
@@ -99,7 +99,7 @@ struct Partial {
 __global__ void __launch_bounds__(kThreads)
     layer_norm_backward_general_kernel(const __grid_constant__ LayerNormBackwardParams p) {
   __shared__ float2 shared[2][kWarps];
-  const WarpGroup group(kWarps);
+  const RowWarps group(kWarps);
   const DeviceScales<LayerNormBackwardParams> scales(p);
   const float cols = static_cast<float>(p.cols);
   const int num_grads = (p.dweight != nullptr) + (p.dbias != nullptr) + (p.dlayerscale != nullptr);

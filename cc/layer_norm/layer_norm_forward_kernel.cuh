@@ -33,7 +33,7 @@ __device__ __forceinline__ void StoreMask(uint32_t kept, uint8_t* mask) {
 template <bool kLean, typename T0, typename TX, int kVecs, int kN>
 __device__ __forceinline__ float ForwardSum(const LayerNormForwardParams& p,
                                             const DeviceScales<LayerNormForwardParams>& scales,
-                                            const WarpGroup& group, int64_t row,
+                                            const RowWarps& group, int64_t row,
                                             float (&x)[kVecs][kN]) {
   const T0* x0_row = static_cast<const T0*>(p.x0) + row * p.x0_row_stride;
   const TX* residual_row = static_cast<const TX*>(p.residual);
@@ -77,7 +77,7 @@ __device__ __forceinline__ float ForwardSum(const LayerNormForwardParams& p,
 // Writes z, of x0's dtype, with a weight and a bias, both of dtype TW.
 template <typename T0, typename TW, int kVecs, int kN>
 __device__ __forceinline__ void ForwardStoreAffine(const LayerNormForwardParams& p,
-                                                   const WarpGroup& group, int64_t row, float mean,
+                                                   const RowWarps& group, int64_t row, float mean,
                                                    float rstd, float (&x)[kVecs][kN]) {
   constexpr int kStep = 16 / sizeof(TW) < kN ? 16 / sizeof(TW) : kN;
   T0* z_row = static_cast<T0*>(p.z) + row * p.z_row_stride;
@@ -99,9 +99,9 @@ __device__ __forceinline__ void ForwardStoreAffine(const LayerNormForwardParams&
 
 // Writes z. Lean: z has x0's dtype.
 template <bool kLean, typename T0, int kVecs, int kN>
-__device__ __forceinline__ void ForwardStore(const LayerNormForwardParams& p,
-                                             const WarpGroup& group, int64_t row, float mean,
-                                             float rstd, float (&x)[kVecs][kN]) {
+__device__ __forceinline__ void ForwardStore(const LayerNormForwardParams& p, const RowWarps& group,
+                                             int64_t row, float mean, float rstd,
+                                             float (&x)[kVecs][kN]) {
   if constexpr (kLean) {
     if (p.weight != nullptr && p.bias != nullptr && !p.zero_centered_weight) {
       if (p.weight_dtype == DType::kFloat32) {
@@ -135,17 +135,17 @@ __device__ __forceinline__ void ForwardStore(const LayerNormForwardParams& p,
 }
 
 template <typename T0, typename TX, int kVecs, bool kLean>
-__global__ void __launch_bounds__(ForwardTile<kVecs, Elements<T0, TX>::kVec, kLean>::kMaxThreads,
-                                  ForwardTile<kVecs, Elements<T0, TX>::kVec, kLean>::kMinCtas)
+__global__ void __launch_bounds__(ForwardLimits<kVecs, Elements<T0, TX>::kVec, kLean>::kMaxThreads,
+                                  ForwardLimits<kVecs, Elements<T0, TX>::kVec, kLean>::kMinCtas)
     layer_norm_forward_kernel(const __grid_constant__ LayerNormForwardParams p,
-                              const __grid_constant__ LayerNormTile tile) {
+                              const __grid_constant__ LayerNormLaunch launch) {
   constexpr int kN = Elements<T0, TX>::kVec;
   __shared__ float shared[2]
-                         [ForwardTile<kVecs, kN, kLean>::kMaxThreads / 32];  // by warp of the CTA
-  const WarpGroup group;
+                         [ForwardLimits<kVecs, kN, kLean>::kMaxThreads / 32];  // by warp of the CTA
+  const RowWarps group;
   const int first_warp = group.index * group.warps;
   const DeviceScales<LayerNormForwardParams> scales(p);
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * tile.groups + group.index;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * launch.groups + group.index;
   const bool active = row < p.rows;
   float x[kVecs][kN];
   const float sum = active ? ForwardSum<kLean, T0, TX>(p, scales, group, row, x) : 0.0f;

@@ -1,9 +1,9 @@
 // What the vectorised CUDA kernels share: their layout and the parts that move data.
 //
-// Layout. A CTA is `groups` groups of `warps` warps (run-time numbers; see LayerNormTile). It takes
-// `groups` rows at a time, a row per group, and its groups go through them in step. A thread owns
-// the same columns of every row, kVecs vectors of N elements: vector v of thread t starts at column
-// (v * group size + t) * N.
+// Layout. A CTA is `groups` groups of `warps` warps (run-time numbers; see LayerNormLaunch). It
+// takes `groups` rows at a time, a row per group, and its groups go through them in step. A thread
+// owns the same columns of every row, kVecs vectors of N elements: vector v of thread t starts at
+// column (v * group size + t) * N.
 //
 // Backward CTAs are persistent. Each thread copies its vectors of the next rows into shared memory
 // ahead of time (`stages` slots), so loads stay in flight while a row is reduced and written; the
@@ -139,7 +139,7 @@ struct SharedColumns {
     }
   }
 
-  __device__ __forceinline__ void Read(const WarpGroup& group, int v, float (&out)[kN]) const {
+  __device__ __forceinline__ void Read(const RowWarps& group, int v, float (&out)[kN]) const {
 #pragma unroll
     for (int h = 0; h < kN / 4; ++h) {
       const float4 f = base[(v * (kN / 4) + h) * group_size + group.thread];
@@ -190,7 +190,7 @@ struct RowPipeline {
 
 // Whether vector v of this thread holds columns of the row, and which.
 template <int kN>
-__device__ __forceinline__ int VecColumn(const WarpGroup& group, int v) {
+__device__ __forceinline__ int VecColumn(const RowWarps& group, int v) {
   return (v * group.size() + group.thread) * kN;
 }
 

@@ -84,20 +84,15 @@ Status Validate(const RotaryParams& p) {
   return ValidatePositions(p);
 }
 
-// Errors say which function refused.
-Status Named(const Status& status) {
-  if (status.code() != StatusCode::kInvalidArgument) return status;
-  return Status::InvalidArgument("Rotary: " + status.message());
-}
-
 }  // namespace
 
 Status Rotary(const RotaryParams& params, Device device, void* stream) {
-  FLASHTRAIN_RETURN_IF_ERROR(Named(Validate(params)));
+  FLASHTRAIN_RETURN_IF_ERROR(Validate(params).In("Rotary"));
   int64_t heads = 0;
   for (int i = 0; i < params.num_parts; ++i) heads += params.parts[i].heads;
   if (params.batch == 0 || params.seqlen == 0 || heads == 0) return Status();
-  return Named(device.type == DeviceType::kCuda ? RotaryCuda(params, stream) : RotaryCpu(params));
+  return (device.type == DeviceType::kCuda ? RotaryCuda(params, stream) : RotaryCpu(params))
+      .In("Rotary");
 }
 
 }  // namespace flashtrain

@@ -4,12 +4,11 @@
 #include <algorithm>
 #include <string>
 
+#include "flashtrain/common/cuda_host.h"
 #include "flashtrain/rotary/rotary_cuda.h"
 
 namespace flashtrain {
 namespace {
-
-constexpr int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const RotaryCudaKernels& Kernels(DType dtype) {
   switch (dtype) {
@@ -34,7 +33,7 @@ bool IsAligned(const RotaryParams& p, int64_t pairs) {
                                std::initializer_list<int64_t> strides) {
     const int64_t bytes = std::min<int64_t>(16, pairs * DTypeSize(dtype));
     const int64_t elements = bytes / DTypeSize(dtype);
-    return reinterpret_cast<uintptr_t>(base) % bytes == 0 &&
+    return IsAlignedTo(base, bytes) &&
            std::all_of(strides.begin(), strides.end(),
                        [elements](int64_t stride) { return stride % elements == 0; });
   };
@@ -95,11 +94,7 @@ Status RotaryCuda(const RotaryParams& p, void* stream) {
                                    " elements; supported: fewer than 2^31 tokens, 2^16 heads and "
                                    "2^24 elements");
   }
-  const auto error = static_cast<cudaError_t>(Kernels(p.dtype).launch(p, tile, pairs, stream));
-  if (error == cudaSuccess) return Status();
-  const std::string message = std::string("Rotary: launch failed: ") + cudaGetErrorString(error);
-  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
-  return no_device ? Status::Unavailable(message) : Status::Internal(message);
+  return FromCuda(Kernels(p.dtype).launch(p, tile, pairs, stream), "Rotary", "launch");
 }
 
 }  // namespace flashtrain

@@ -1,11 +1,11 @@
-// The kernels of one dtype, compiled once per dtype: FLASHTRAIN_T is the C++ type, FLASHTRAIN_TABLE
+// The kernels of one dtype, compiled once per dtype: FLASHTRAIN_A is the C++ type, FLASHTRAIN_TABLE
 // the name of the table.
 #include "flashtrain/rotary/rotary_kernel.cuh"
 
 namespace flashtrain {
 namespace {
 
-using T = FLASHTRAIN_T;
+using T = FLASHTRAIN_A;
 
 template <int kPairs>
 int LaunchKernel(const RotaryParams& p, const RotaryTile& tile, void* stream) {

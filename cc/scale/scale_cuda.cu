@@ -1,8 +1,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <string>
 
+#include "flashtrain/common/cuda_host.h"
 #include "flashtrain/common/vec.cuh"
 #include "flashtrain/scale/scale_cuda.h"
 
@@ -66,7 +66,7 @@ Kernel KernelOf(DType y) {
 
 Kernel KernelOf(const ScaleParams& p) {
   const auto aligned = [](const void* ptr, DType dtype) {
-    return reinterpret_cast<uintptr_t>(ptr) % (kN * DTypeSize(dtype)) == 0;
+    return IsAlignedTo(ptr, kN * DTypeSize(dtype));
   };
   if (!aligned(p.x, p.x_dtype) || !aligned(p.y, p.y_dtype)) return scale_general_kernel;
   switch (p.x_dtype) {
@@ -84,13 +84,9 @@ Kernel KernelOf(const ScaleParams& p) {
 Status ScaleCuda(const ScaleParams& p, void* stream) {
   if (p.count == 0) return Status();
   constexpr int64_t kPerCta = kThreads * kUnroll * kN, kMaxCtas = 0x7FFFFFFF;
-  const auto ctas = static_cast<unsigned>(std::min((p.count + kPerCta - 1) / kPerCta, kMaxCtas));
+  const auto ctas = static_cast<unsigned>(std::min(CeilDivide(p.count, kPerCta), kMaxCtas));
   KernelOf(p)<<<ctas, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return Status();
-  const std::string message = std::string("scale: launch failed: ") + cudaGetErrorString(error);
-  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
-  return no_device ? Status::Unavailable(message) : Status::Internal(message);
+  return FromCuda(cudaGetLastError(), "Scale", "launch");
 }
 
 }  // namespace flashtrain
