@@ -12,7 +12,7 @@ import inspect
 import operator
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def _converted(value: Any, number: type | None) -> Any:
 
 def draw(rng: random.Random) -> Call:
     name, arguments, outputs, reference = GROUPS[rng.choice(sorted(GROUPS))](rng)
-    wrapped = WRAPPERS.get(name) or getattr(_kernels, name)
+    wrapped: Callable[..., Any] = WRAPPERS.get(name) or getattr(_kernels, name)
     numbers = {n: type(value) for n, value in arguments.items() if type(value) in (int, float)}
     starved = rng.random() < 0.02
     well_formed = name not in ("set_num_threads", "adamw_table_bytes") and reference is not None

@@ -302,7 +302,7 @@ def _adamw(rng: random.Random) -> Drawn:
             return state[:1]
         assert a["grad"].shape == state[0].shape
         param, *_ = adamw_step(
-            state[0], a["grad"].double(), *state[1:], int(a["step"]) + 1, lr=a["lr"],
+            state[0], a["grad"].double(), state[1], state[2], int(a["step"]) + 1, lr=a["lr"],
             betas=(a["beta1"], a["beta2"]), eps=a["eps"], weight_decay=a["weight_decay"],
         )  # fmt: skip
         return [param]
@@ -313,7 +313,8 @@ def _adamw(rng: random.Random) -> Drawn:
 def _step(**a: Any) -> None:
     group = (a.pop("lr"), None, *(a.pop(n) for n in ("beta1", "beta2", "eps", "weight_decay")))
     names = ("param", "grad", "master", "exp_avg", "exp_avg_sq", "step", "group")
-    _kernels.adamw_step(**{f"{name}s": [a.pop(name)] for name in names}, group_values=[group], **a)
+    a |= {f"{name}s": [a.pop(name)] for name in names}
+    _kernels.adamw_step(group_values=[group], **a)
 
 
 def _set_num_threads(a: Arguments) -> list[Tensor]:
@@ -328,6 +329,7 @@ def _norm(a: Arguments) -> list[Tensor]:
 
 def _small(rng: random.Random) -> Drawn:
     kind = rng.randrange(4)
+    a: Arguments
     if kind == 0:
         a = {"num_threads": rng.choice((0, 1, 1, -1, 2, 1024, 1025, 100_000, 2**32 + 1))}
         return "set_num_threads", a, (), _set_num_threads
@@ -349,7 +351,7 @@ GROUPS = {
     "small": _small,
 }  # fmt: skip
 # Functions whose arguments are in lists, under the names that errors give them.
-WRAPPERS = {
+WRAPPERS: dict[str, Callable[..., Any]] = {
     "adamw_step": _step,
     "grad_norm": lambda grad, **rest: _kernels.grad_norm(grads=[grad], **rest),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_calls_after_a_failed_allocation() -> None:
 
 def _rotary(**changes: object) -> None:
     x, table = torch.randn(1, 3, 2, 8), torch.randn(9, 4)
-    arguments: dict[str, object] = dict.fromkeys(
+    arguments: dict[str, Any] = dict.fromkeys(
         ("out", "cos_k", "sin_k", "seqlen_offsets", "cu_seqlens", "position_ids")
     )
     arguments |= {"x": x, "cos": table, "sin": table, "num_heads_q": 2, "num_heads_k": 0}

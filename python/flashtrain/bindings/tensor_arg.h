@@ -6,8 +6,8 @@
 // Three forms are accepted, all of them DLPack, so the extension needs no libtorch and one build
 // serves every torch version (and numpy):
 //   1. an object whose type has `__dlpack_c_exchange_api__` (torch): one C call. A whole forward
-//      call with eight tensors takes 2.5 us; their data_ptr, shape, stride, dtype and device, read in
-//      Python and passed as plain numbers, would add 0.3 us for each tensor;
+//      call with eight tensors takes 2.5 us; their data_ptr, shape, stride, dtype and device, read
+//      in Python and passed as plain numbers, would add 0.3 us for each tensor;
 //   2. a DLPack capsule (`torch.utils.dlpack.to_dlpack(t)`, 0.15 us), which is read, not consumed;
 //   3. any other object with `__dlpack__` (numpy arrays, ...): a Python call.
 // Forms 1 and 2 take tensors that require grad and never synchronise streams.
@@ -17,7 +17,8 @@
 //
 // What DLPack does not say is asked of torch's types: tensors without memory of their own (fake
 // ones, DTensor) are refused, and so are views with a negative bit, whose memory holds the negated
-// numbers. That costs 0.1 us for each tensor, most of it in torch's is_neg, which lets go of the GIL.
+// numbers. That costs 0.1 us for each tensor, most of it in torch's is_neg, which lets go of the
+// GIL.
 
 #include <pybind11/pybind11.h>
 
