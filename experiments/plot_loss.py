@@ -68,7 +68,7 @@ def parse_runs(value: str) -> list[tuple[str, Path]]:
     found = []
     while value:
         pieces = value.split(",")
-        for count in range(len(pieces), 0, -1):  # the longest that is a run
+        for count in range(1, len(pieces) + 1):  # the shortest that is a run
             if run := _labelled(",".join(pieces[:count])):
                 break
         else:

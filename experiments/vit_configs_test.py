@@ -23,7 +23,6 @@ def load(name: str, arg: str | None = None) -> ml_collections.ConfigDict:
     config = importlib.import_module(f"experiments.configs.{name}").get_config(arg)
     assert config.is_locked
     run = RunConfig.from_mapping(name, config.to_dict())
-    assert run.trainer.global_batch_size % config.data.batch_size == 0
     assert run.optim.warmup_steps < run.trainer.max_steps
     return config
 

@@ -21,7 +21,7 @@ def dataset(tmp_path_factory) -> TokenDataset:
     write_token_files(
         folder,
         {"train": tokens, "val": tokens[:100]},
-        ends={"train": np.arange(7, 20_001, 7), "val": np.array([100])},
+        ends={"train": np.append(np.arange(7, 20_000, 7), 20_000), "val": np.array([100])},
         tokenizer="bytes",
         vocab_size=256,
         source={},

@@ -157,7 +157,8 @@ class RotaryTables(nn.Module):
         return tables
 
     def _make_tables(self, length: int, device: torch.device) -> Tables:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        compiles = torch.compiler.is_compiling()  # it cannot trace the question
+        if not compiles and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"RotaryEmbedding: needs tables of {length} positions while a CUDA graph is "
                 f"captured; supported: extend_tables({length}, {str(device)!r}) before"
