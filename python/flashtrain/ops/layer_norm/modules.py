@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashtrain.ops import _layer_norm_calls as calls
 from flashtrain.ops._arguments import checked
-from flashtrain.ops._layer_norm_calls import NormOptions
+from flashtrain.ops.layer_norm import calls
+from flashtrain.ops.layer_norm.calls import NormOptions
 
 
 class DropoutAddLayerNorm(nn.Module):

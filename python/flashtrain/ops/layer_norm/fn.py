@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _layer_norm_calls as calls
 from flashtrain.ops._arguments import check_written, checked, overlap
-from flashtrain.ops._layer_norm_calls import NormOptions
+from flashtrain.ops.layer_norm import calls
+from flashtrain.ops.layer_norm.calls import NormOptions
 
 
 def _write_into(name: str, buffer: Tensor | None, value: Tensor) -> Tensor:

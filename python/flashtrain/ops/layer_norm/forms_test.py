@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops import layer_norm
-from flashtrain.ops.layer_norm_cases import BF16, FP16, FP32, hold_against_torch, leaves_of
+from flashtrain.ops.layer_norm.cases import BF16, FP16, FP32, hold_against_torch, leaves_of
 from flashtrain.ops.reference import layer_norm as layer_norm_reference
 from flashtrain.testing import tolerances
 from flashtrain.testing.devices import DEVICE, poisoned_memory

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flashtrain import _kernels
-from flashtrain.ops import _layer_norm_ops as ops
 from flashtrain.ops import layer_norm as ln
-from flashtrain.ops.layer_norm_cases import (
+from flashtrain.ops.layer_norm import kernels as ops
+from flashtrain.ops.layer_norm.cases import (
     BF16,
     FP16,
     FP32,

@@ -20,18 +20,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _layer_norm_calls as calls
 from flashtrain.ops._arguments import checked
-from flashtrain.ops._layer_norm_calls import NormOptions
-from flashtrain.ops._layer_norm_fn import layer_norm_fn, rms_norm_fn
-from flashtrain.ops._layer_norm_modules import (
+from flashtrain.ops.layer_norm import calls
+from flashtrain.ops.layer_norm.calls import NormOptions
+from flashtrain.ops.layer_norm.fn import layer_norm_fn, rms_norm_fn
+from flashtrain.ops.layer_norm.modules import (
     DropoutAddLayerNorm,
     DropoutAddLayerNormParallelResidual,
     DropoutAddRMSNorm,
     DropoutAddRMSNormParallelResidual,
     RMSNorm,
 )
-from flashtrain.ops._layer_norm_subset import dropout_add_norm_subset
+from flashtrain.ops.layer_norm.subset import dropout_add_norm_subset
 
 __all__ = [
     "DropoutAddLayerNorm",

@@ -1,7 +1,7 @@
 """What stands between the public functions of layer_norm and its ops: checks and compositions.
 
 `dropout_add_norm` is one op; `dropout_add_norm_parallel`, two branches and two norms of their sum,
-is composed of it and of torch's operations, as is what _layer_norm_subset.py holds.
+is composed of it and of torch's operations, as is what subset.py holds.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _layer_norm_ops as ops
 from flashtrain.ops._arguments import FLOAT_DTYPE_NAMES, FLOAT_DTYPES, check_float, dtype_names
+from flashtrain.ops.layer_norm import kernels as ops
 
 
 class NormOptions(NamedTuple):

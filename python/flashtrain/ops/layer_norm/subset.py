@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _layer_norm_calls as calls
 from flashtrain.ops._autograd import Function, once_differentiable
+from flashtrain.ops.layer_norm import calls
 
 
 class TakeRows(Function):
