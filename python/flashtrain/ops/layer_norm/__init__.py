@@ -1,117 +1,236 @@
 """Fused dropout + add + LayerNorm / RMSNorm, forward and backward, on CPU and CUDA.
 
-    x = layerscale * dropout(rowscale * x0) + residual
-    z = norm(x) * weight + bias
+    residual_out = layerscale * dropout(rowscale * x0) + residual
+    out = norm(residual_out) * weight + bias
 
-The public functions have the names and arguments of `flash_attn.ops.layer_norm`,
-`flash_attn.ops.rms_norm` and `flash_attn.ops.triton.layer_norm`. docs/layer_norm.md has numerics,
-cost and errors.
+The public functions have the names and arguments of `flash_attn.ops.layer_norm` and
+`flash_attn.ops.rms_norm`; `flashtrain.compat.flash_attn` has its other forms. docs/layer_norm.md
+has numerics, cost and errors.
 
-Dtypes: x0 float32, float16 or bfloat16; residual, and with it x, float32 or x0's; weight, bias and
-layerscale all float32 or all x0's; rowscale float32 or x0's. z has x0's dtype. All arithmetic is
-float32. `torch.autocast` changes nothing here: mixed dtypes are this op's normal input, and casts
-would only add passes over memory.
+Dtypes: x0 float32, float16 or bfloat16; residual, and with it residual_out, float32 or x0's;
+weight, bias and layerscale all float32 or all x0's; rowscale float32 or x0's. out has x0's dtype.
+All arithmetic is float32. `torch.autocast` changes nothing here: mixed dtypes are this op's normal
+input, and casts would only add passes over memory.
 
 D is the hidden size; the leading dimensions count as rows.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from flashtrain.ops._arguments import checked
-from flashtrain.ops.layer_norm import calls
-from flashtrain.ops.layer_norm.calls import NormOptions
-from flashtrain.ops.layer_norm.fn import layer_norm_fn, rms_norm_fn
-from flashtrain.ops.layer_norm.modules import (
-    DropoutAddLayerNorm,
-    DropoutAddLayerNormParallelResidual,
-    DropoutAddRMSNorm,
-    DropoutAddRMSNormParallelResidual,
-    RMSNorm,
-)
-from flashtrain.ops.layer_norm.subset import dropout_add_norm_subset
+from flashtrain.ops._autograd import Function, once_differentiable
+from flashtrain.ops.layer_norm import kernels
+from flashtrain.ops.layer_norm.checks import Checks, Names
 
-__all__ = [
-    "DropoutAddLayerNorm",
-    "DropoutAddLayerNormParallelResidual",
-    "DropoutAddRMSNorm",
-    "DropoutAddRMSNormParallelResidual",
-    "RMSNorm",
-    "dropout_add_layer_norm",
-    "dropout_add_layer_norm_parallel_residual",
-    "dropout_add_layer_norm_subset",
-    "dropout_add_rms_norm",
-    "dropout_add_rms_norm_parallel_residual",
-    "dropout_add_rms_norm_subset",
-    "layer_norm",
-    "layer_norm_fn",
-    "rms_norm",
-    "rms_norm_fn",
-]
+__all__ = ["dropout_add_layer_norm", "dropout_add_rms_norm", "layer_norm", "rms_norm"]
 
 
-def _dropout_add_norm(
-    x0, residual, weight, bias, dropout_p, epsilon, rowscale, layerscale, prenorm,
-    residual_in_fp32, return_dropout_mask, *, is_rms_norm: bool,
-) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
-    z, x, mask = calls.dropout_add_norm(
-        x0, residual, weight, bias, dropout_p, NormOptions(epsilon, is_rms_norm), rowscale,
-        layerscale, residual_in_fp32, return_dropout_mask,
-    )  # fmt: skip
-    if not prenorm and not return_dropout_mask:
-        return z
-    if not return_dropout_mask:
-        return z, x
-    mask = calls.all_ones_mask(x0) if mask is None else mask
-    return (z, x, mask) if prenorm else (z, mask)
+class AddNorm(NamedTuple):
+    out: Tensor
+    residual_out: Tensor
+    mask: Tensor | None  # uint8; None where it is not asked for, or nothing is dropped
 
 
-def _dropout_add_norm_subset(
-    x0, residual, weight, bias, dropout_p, epsilon, layerscale, x0_subset, out_subset,
-    rowscale_const, out_numrows, prenorm, residual_in_fp32, return_dropout_mask, *,
-    is_rms_norm: bool,
-) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
-    z, x, mask = dropout_add_norm_subset(
-        x0, residual, weight, bias, dropout_p, NormOptions(epsilon, is_rms_norm), layerscale,
-        x0_subset, out_subset, rowscale_const, out_numrows, residual_in_fp32,
-    )  # fmt: skip
-    results = [z.reshape(_regrouped("out_subset", z, x0))]
-    if prenorm:
-        results.append(x.reshape(_regrouped("x0_subset", x, x0)))
-    if return_dropout_mask:
-        results.append(calls.all_ones_mask(x0) if mask is None else mask.to(torch.uint8))
-    return tuple(results) if len(results) > 1 else results[0]
+_X0_NAMES, _X_NAMES = Names(), Names(x0="x")
 
 
-def _regrouped(name: str, rows: Tensor, x0: Tensor) -> tuple[int, ...]:
-    """The shape of [rows, D] with the dimensions of x0 but for the first."""
-    inner = x0.shape[1:-1].numel()
-    if inner == 0 or rows.shape[0] % inner != 0:
-        raise ValueError(
-            f"{name}: gives {rows.shape[0]} rows; supported: a multiple of {inner}, so that they "
-            f"can take the shape of x0, {list(x0.shape)}, but for its first dimension"
+# --- Autograd -------------------------------------------------------------------------------------
+
+
+class _NormFunction(Function):
+    """out = norm(x). Saves x, weight, mean and rstd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, out_dtype):
+        out, mean, rstd = kernels.norm(
+            x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, out_dtype
         )
-    return (rows.shape[0] // inner, *x0.shape[1:])
+        ctx.save_for_backward(x, weight, None if is_rms_norm else mean, rstd)
+        ctx.is_rms_norm, ctx.zero_centered_weight = is_rms_norm, zero_centered_weight
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight, mean, rstd = ctx.saved_tensors
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        dx, _, dweight, dbias, _ = kernels.backward(
+            dout, None, x, None, mean, rstd, weight, None, None, None, 0.0, ctx.is_rms_norm,
+            ctx.zero_centered_weight, x.dtype, [need_x, False, need_weight, need_bias, False],
+        )  # fmt: skip
+        return (
+            dx if need_x else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _dropout_add_norm_parallel(
-    x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p, epsilon, prenorm,
-    residual_in_fp32, return_dropout_mask, *, is_rms_norm: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    z0, z1, x, mask0, mask1 = calls.dropout_add_norm_parallel(
-        x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p,
-        NormOptions(epsilon, is_rms_norm, suffix="0"), residual_in_fp32, return_dropout_mask,
-    )  # fmt: skip
-    results = [z0, z1, x] if prenorm else [z0, z1]
-    if return_dropout_mask:
-        masks = (mask0, mask1)
-        results += [calls.all_ones_mask(x0) if m is None else m.to(torch.uint8) for m in masks]
-    return tuple(results)
+class _AddNormFunction(Function):
+    """AddNorm. Saves what was normalised, weight, mean, rstd, the scales and rng_state; x0 only for
+    dlayerscale."""
+
+    @staticmethod
+    def forward(
+        ctx, x0, residual, weight, bias, layerscale, rowscale, rng_state, options, with_mask
+    ):
+        inputs = (x0, residual, weight, bias, rowscale, layerscale, rng_state)
+        if with_mask:
+            out, residual_out, mean, rstd, mask = kernels.add_norm_mask(*inputs, *options)
+            ctx.mark_non_differentiable(mask)
+        else:
+            out, residual_out, mean, rstd = kernels.add_norm(*inputs, *options)
+            mask = None
+        ctx.set_materialize_grads(False)
+        needs = kernels.Gradients(*ctx.needs_input_grad[:5])
+        ctx.save_for_backward(
+            residual_out,
+            x0 if needs.layerscale else None,
+            None if options.is_rms_norm else mean,
+            rstd,
+            weight,
+            rowscale,
+            layerscale,
+            rng_state,
+        )
+        ctx.options, ctx.x0_dtype = options, x0.dtype
+        return out, residual_out, mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dresidual_out, _):
+        x, x0, mean, rstd, weight, rowscale, layerscale, rng_state = ctx.saved_tensors
+        options, needs = ctx.options, kernels.Gradients(*ctx.needs_input_grad[:5])
+        # Where x = x0 + residual in one dtype, the two have one gradient: written once.
+        shared = rng_state is rowscale is layerscale is None and ctx.x0_dtype == x.dtype
+        if dout is None:
+            dout = x.new_zeros(x.shape, dtype=options.out_dtype)
+        wanted = needs
+        if shared:
+            wanted = needs._replace(x0=needs.x0 or needs.residual, residual=False)
+        found = kernels.backward(
+            dout, dresidual_out, x, x0, mean, rstd, weight, rowscale, layerscale, rng_state,
+            options.dropout_p, options.is_rms_norm, options.zero_centered_weight, ctx.x0_dtype,
+            list(wanted),
+        )  # fmt: skip
+        if shared:
+            dx0, _, *others = found
+            found = (dx0, dx0, *others)
+        gradients = (grad if need else None for grad, need in zip(found, needs))
+        return *gradients, None, None, None, None
+
+
+# --- What is under all functions ------------------------------------------------------------------
+
+
+def residual_dtype_of(x0: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
+    if residual is not None:
+        return residual.dtype
+    return torch.float32 if residual_in_fp32 else x0.dtype
+
+
+def all_ones_mask(x0: Tensor) -> Tensor:
+    return torch.ones_like(x0, dtype=torch.uint8, memory_format=torch.contiguous_format)
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    is_rms_norm: bool,
+    zero_centered_weight: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The norm alone, of arguments that have been checked."""
+    if torch.is_grad_enabled():
+        return _NormFunction.apply(
+            x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, out_dtype
+        )
+    # Without autograd's function a call takes 8 us less.
+    return kernels.norm(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, out_dtype)[0]
+
+
+def add_norm(
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    *,
+    rowscale: Tensor | None = None,
+    layerscale: Tensor | None = None,
+    is_rms_norm: bool = False,
+    zero_centered_weight: bool = False,
+    residual_in_fp32: bool = False,
+    out_dtype: torch.dtype | None = None,
+    with_mask: bool = False,
+    names: Names = _X0_NAMES,
+) -> AddNorm:
+    """The arguments are those of `dropout_add_layer_norm`, and
+
+    is_rms_norm: divide by the root mean square, without subtracting the mean.
+    zero_centered_weight: scale by 1 + weight.
+    out_dtype: of out; None: x0's.
+    names: of arguments, for errors.
+    """
+    checks = Checks(x0, dropout_p, epsilon, out_dtype, names)
+    checks.columns(names.suffix, weight, bias=bias)
+    if layerscale is not None:
+        checks.columns("", weight, layerscale=layerscale)
+    if residual is not None:
+        checks.like("residual", residual, x0.shape)
+    if rowscale is not None:
+        checks.rowscale(rowscale)
+    out_dtype = out_dtype or x0.dtype
+    residual_dtype = residual_dtype_of(x0, residual, residual_in_fp32)
+    rng_state = None
+    if dropout_p > 0.0:
+        # {seed, offset} on the op's device, from torch's own generator of it: manual_seed, CUDA
+        # graphs, torch.compile and checkpointing treat it as any random number. A fake one for a
+        # fake x0.
+        rng_state = torch.randint_like(x0.new_empty(2, dtype=torch.int64), 2**62)
+    elif residual is rowscale is layerscale is None and residual_dtype == x0.dtype:
+        out = norm(x0, weight, bias, epsilon, is_rms_norm, zero_centered_weight, out_dtype)
+        return AddNorm(out, x0, None)
+    with_mask = with_mask and rng_state is not None
+    options = kernels.Options(
+        dropout_p, epsilon, is_rms_norm, zero_centered_weight, out_dtype, residual_dtype
+    )
+    if torch.is_grad_enabled():
+        return AddNorm(
+            *_AddNormFunction.apply(
+                x0, residual, weight, bias, layerscale, rowscale, rng_state, options, with_mask
+            )
+        )
+    inputs = (x0, residual, weight, bias, rowscale, layerscale, rng_state)
+    if with_mask:
+        out, residual_out, _, _, mask = kernels.add_norm_mask(*inputs, *options)
+        return AddNorm(out, residual_out, mask)
+    out, residual_out, _, _ = kernels.add_norm(*inputs, *options)
+    return AddNorm(out, residual_out, None)
 
 
 # --- Public functions -----------------------------------------------------------------------------
+
+
+def _asked_for(
+    result: AddNorm, x0: Tensor, prenorm: bool, return_dropout_mask: bool
+) -> Tensor | tuple[Tensor, ...]:
+    out, residual_out, mask = result
+    if not return_dropout_mask:
+        return (out, residual_out) if prenorm else out
+    mask = all_ones_mask(x0) if mask is None else mask
+    return (out, residual_out, mask) if prenorm else (out, mask)
 
 
 @checked
@@ -128,7 +247,7 @@ def dropout_add_layer_norm(
     residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """z = LayerNorm(x) * weight + bias of x = layerscale * dropout(rowscale * x0) + residual.
+    """out = LayerNorm(residual_out) * weight + bias; see the module for residual_out.
 
     Args:
       x0: [..., D], float32, float16 or bfloat16; the output of the sublayer before.
@@ -140,24 +259,26 @@ def dropout_add_layer_norm(
       epsilon: added to the (biased) variance.
       rowscale: [...], a factor for each row, before dropout (stochastic depth). Without gradient.
       layerscale: [D], weight's dtype, a factor for each column, after dropout.
-      prenorm: also return x, the residual stream, in the residual's dtype.
-      residual_in_fp32: without a residual, x is kept in float32 (with one, its dtype decides).
+      prenorm: also return residual_out, the residual stream, in the residual's dtype.
+      residual_in_fp32: without a residual, residual_out is float32 (with one, its dtype decides).
       return_dropout_mask: also return the mask, uint8 like x0, 1 = kept.
 
-    Returns z, or the tuple (z[, x][, mask]); z has x0's shape and dtype.
+    Returns out, or the tuple (out[, residual_out][, mask]); out has x0's shape and dtype.
 
     Any strides are taken: rows that are strided are read as they are, all else is copied. Saved for
-    backward: x, weight, mean and rstd (float32 [...]), the scales, two integers in place of the
-    mask, and x0 where layerscale needs a gradient. Only gradients that are required are computed.
+    backward: residual_out, weight, mean and rstd (float32 [...]), the scales, two integers in place
+    of the mask, and x0 where layerscale needs a gradient. Only gradients that are required are
+    computed.
 
     Raises:
       ValueError: an argument does not fit; its name, what came, what is supported.
       RuntimeError: the device reported an error.
     """
-    return _dropout_add_norm(
-        x0, residual, weight, bias, dropout_p, epsilon, rowscale, layerscale, prenorm,
-        residual_in_fp32, return_dropout_mask, is_rms_norm=False,
+    result = add_norm(
+        x0, residual, weight, bias, dropout_p, epsilon, rowscale=rowscale, layerscale=layerscale,
+        residual_in_fp32=residual_in_fp32, with_mask=return_dropout_mask,
     )  # fmt: skip
+    return _asked_for(result, x0, prenorm, return_dropout_mask)
 
 
 @checked
@@ -174,151 +295,21 @@ def dropout_add_rms_norm(
     residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """`dropout_add_layer_norm` with z = x / sqrt(mean(x^2) + epsilon) * weight + bias."""
-    return _dropout_add_norm(
-        x0, residual, weight, bias, dropout_p, epsilon, rowscale, layerscale, prenorm,
-        residual_in_fp32, return_dropout_mask, is_rms_norm=True,
+    """`dropout_add_layer_norm` with out = x / sqrt(mean(x^2) + epsilon) * weight + bias."""
+    result = add_norm(
+        x0, residual, weight, bias, dropout_p, epsilon, rowscale=rowscale, layerscale=layerscale,
+        is_rms_norm=True, residual_in_fp32=residual_in_fp32, with_mask=return_dropout_mask,
     )  # fmt: skip
-
-
-@checked
-def dropout_add_layer_norm_subset(
-    x0: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    epsilon: float,
-    layerscale: Tensor | None = None,
-    x0_subset: Tensor | None = None,
-    out_subset: Tensor | None = None,
-    rowscale_const: float = 1.0,
-    out_numrows: int = 0,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    return_dropout_mask: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    """`dropout_add_layer_norm` with x0 for some rows of x, and z of some rows (stochastic depth).
-
-    Row r of x is layerscale * dropout(rowscale_const * x0[x0_subset[r] - 1]) + residual[r], or
-    residual[r] alone where x0_subset[r] is 0; its norm is z[out_subset[r] - 1], or not computed
-    where out_subset[r] is 0.
-
-    Args:
-      x0: [n, ..., D].
-      residual: [..., D] of R rows; None: zeros.
-      x0_subset: R numbers, int32 or int64, each of 1 to the rows of x0 at most once, or 0. None: x0
-        has all rows. A row of x0 that is not named has gradient 0.
-      out_subset: R numbers that name each of 1 to out_numrows once, or 0. None: z has all rows.
-      rowscale_const: a factor for x0, 1 / (1 - drop rate).
-      out_numrows: the rows of z; read where out_subset is given.
-
-    The others as in `dropout_add_layer_norm`. Returns z, or (z[, x][, mask]): z and x of shape
-    [m, ..., D] with the inner dimensions of x0, the mask of x0's shape.
-
-    Composed of torch's dropout and indexed copies, and of the fused norm for the rows that z has.
-    Rows without z have no part in the gradients of weight and bias.
-
-    Raises:
-      ValueError: as `dropout_add_layer_norm`; on the CPU also for a number out of range or twice.
-        On CUDA the numbers are not read: one out of range counts as 0, of two equal ones one wins.
-    """
-    return _dropout_add_norm_subset(
-        x0, residual, weight, bias, dropout_p, epsilon, layerscale, x0_subset, out_subset,
-        rowscale_const, out_numrows, prenorm, residual_in_fp32, return_dropout_mask,
-        is_rms_norm=False,
-    )  # fmt: skip
-
-
-@checked
-def dropout_add_rms_norm_subset(
-    x0: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    epsilon: float,
-    layerscale: Tensor | None = None,
-    x0_subset: Tensor | None = None,
-    out_subset: Tensor | None = None,
-    rowscale_const: float = 1.0,
-    out_numrows: int = 0,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    return_dropout_mask: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    """`dropout_add_layer_norm_subset` with RMSNorm."""
-    return _dropout_add_norm_subset(
-        x0, residual, weight, bias, dropout_p, epsilon, layerscale, x0_subset, out_subset,
-        rowscale_const, out_numrows, prenorm, residual_in_fp32, return_dropout_mask,
-        is_rms_norm=True,
-    )  # fmt: skip
-
-
-@checked
-def dropout_add_layer_norm_parallel_residual(
-    x0: Tensor,
-    x1: Tensor | None,
-    residual: Tensor | None,
-    weight0: Tensor,
-    bias0: Tensor | None,
-    weight1: Tensor | None,
-    bias1: Tensor | None,
-    dropout_p: float,
-    epsilon: float,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    return_dropout_mask: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """x = dropout(x0) + dropout(x1) + residual; z0 = norm(x) * weight0 + bias0, z1 with weight1.
-
-    For blocks whose attention and MLP run side by side (GPT-J, GPT-NeoX).
-
-    Args:
-      x0, x1: [..., D] in one dtype; x1 None: no second branch.
-      weight0, bias0, weight1, bias1: [D]; weight1 None: the norm is tied, z1 is None.
-
-    The others as in `dropout_add_layer_norm`. Returns (z0, z1[, x][, mask0, mask1]); the masks are
-    uint8 like x0. Composed of the fused op and a second norm: 1.5 times the bytes of one kernel in
-    forward, twice in backward.
-    """
-    return _dropout_add_norm_parallel(
-        x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p, epsilon, prenorm,
-        residual_in_fp32, return_dropout_mask, is_rms_norm=False,
-    )  # fmt: skip
-
-
-@checked
-def dropout_add_rms_norm_parallel_residual(
-    x0: Tensor,
-    x1: Tensor | None,
-    residual: Tensor | None,
-    weight0: Tensor,
-    bias0: Tensor | None,
-    weight1: Tensor | None,
-    bias1: Tensor | None,
-    dropout_p: float,
-    epsilon: float,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    return_dropout_mask: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """`dropout_add_layer_norm_parallel_residual` with RMSNorm."""
-    return _dropout_add_norm_parallel(
-        x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p, epsilon, prenorm,
-        residual_in_fp32, return_dropout_mask, is_rms_norm=True,
-    )  # fmt: skip
+    return _asked_for(result, x0, prenorm, return_dropout_mask)
 
 
 @checked
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     """LayerNorm(x) * weight + bias over the last dimension; as `dropout_add_layer_norm`."""
-    options = NormOptions(epsilon, is_rms_norm=False, x0_name="x")
-    return calls.dropout_add_norm(x, None, weight, bias, 0.0, options)[0]
+    return add_norm(x, None, weight, bias, 0.0, epsilon, names=_X_NAMES).out
 
 
 @checked
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; as `dropout_add_rms_norm`."""
-    options = NormOptions(epsilon, is_rms_norm=True, x0_name="x")
-    return calls.dropout_add_norm(x, None, weight, None, 0.0, options)[0]
+    return add_norm(x, None, weight, None, 0.0, epsilon, is_rms_norm=True, names=_X_NAMES).out

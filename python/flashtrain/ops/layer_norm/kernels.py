@@ -1,12 +1,13 @@
-"""The torch.library ops under flashtrain.ops.layer_norm, and the autograd around them.
+"""The torch.library ops of layer_norm: schema, fake, and the call of the extension.
 
-Three forwards rather than one with flags: the plain norm writes no x (its input is x), and the mask
-is an output of its own. Tensors are [..., D]; the extension takes the leading dimensions as rows,
-which spares autograd the nodes, and every call the 8 us, of flattening and unflattening.
+Three forwards rather than one with flags: the plain norm writes no residual_out (its input is
+that), and the mask is an output of its own. Tensors are [..., D]; the extension takes the leading
+dimensions as rows, which spares autograd the nodes, and every call the 8 us, of flattening and
+unflattening.
 
-    layer_norm_forward                  z, mean, rstd
-    dropout_add_layer_norm_forward      z, x, mean, rstd
-    dropout_add_layer_norm_mask_forward z, x, mean, rstd, mask
+    layer_norm_forward                  out, mean, rstd
+    dropout_add_layer_norm_forward      out, residual_out, mean, rstd
+    dropout_add_layer_norm_mask_forward out, residual_out, mean, rstd, mask
     layer_norm_backward                 dx0, dresidual, dweight, dbias, dlayerscale
 
 An output that does not apply (the mean of RMSNorm, a gradient nobody asked for) has 0 elements.
@@ -14,14 +15,35 @@ An output that does not apply (the mean of RMSNorm, a gradient nobody asked for)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashtrain import _kernels
-from flashtrain.ops._autograd import Function, once_differentiable
 from flashtrain.ops._library import as_rows, eager, launch_context, register, to_kernel
+
+
+class Options(NamedTuple):
+    """What the forward ops take after their tensors."""
+
+    dropout_p: float
+    epsilon: float
+    is_rms_norm: bool
+    zero_centered_weight: bool
+    out_dtype: torch.dtype
+    residual_dtype: torch.dtype  # of residual_out
+
+
+class Gradients(NamedTuple):
+    """Those that backward computes; in `wanted`, whether they are."""
+
+    x0: Any
+    residual: Any
+    weight: Any
+    bias: Any
+    layerscale: Any
+
 
 # --- Kernels and fakes ----------------------------------------------------------------------------
 
@@ -34,8 +56,21 @@ def _vector(tensor: Tensor | None) -> object:
     return None if tensor is None else to_kernel(tensor.contiguous())
 
 
+def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _norm_outputs(
+    x0: Tensor, is_rms_norm: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, mean, rstd."""
+    rstd = x0.new_empty(x0.shape[:-1], dtype=torch.float32)
+    mean = x0.new_empty((0,), dtype=torch.float32) if is_rms_norm else torch.empty_like(rstd)
+    return _empty_like(x0, out_dtype), mean, rstd
+
+
 def _run_forward(
-    x: Tensor | None,
+    residual_out: Tensor | None,
     mask: Tensor | None,
     x0: Tensor,
     residual: Tensor | None,
@@ -44,14 +79,11 @@ def _run_forward(
     rowscale: Tensor | None,
     layerscale: Tensor | None,
     rng_state: Tensor | None,
-    dropout_p: float,
-    epsilon: float,
-    is_rms_norm: bool,
-    zero_centered_weight: bool,
-    z_dtype: torch.dtype,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills x and mask where they are wanted; returns (z, mean, rstd)."""
-    z, mean, rstd = _forward_outputs(x0, is_rms_norm, z_dtype)
+    """Fills residual_out and mask where they are wanted; returns (out, mean, rstd)."""
+    dropout_p, epsilon, is_rms_norm, zero_centered_weight, out_dtype, _ = options
+    out, mean, rstd = _norm_outputs(x0, is_rms_norm, out_dtype)
     _kernels.layer_norm_forward(
         _rows(x0),
         _rows(residual),
@@ -64,75 +96,68 @@ def _run_forward(
         epsilon,
         is_rms_norm,
         zero_centered_weight,
-        to_kernel(z),
-        _rows(x),
+        to_kernel(out),
+        _rows(residual_out),
         None if is_rms_norm else to_kernel(mean),
         to_kernel(rstd),
         _rows(mask),
         launch_context(x0),
     )
-    return z, mean, rstd
+    return out, mean, rstd
 
 
-def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+def _norm_kernel(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, out_dtype):
+    options = Options(0.0, epsilon, is_rms_norm, zero_centered_weight, out_dtype, x.dtype)
+    return _run_forward(None, None, x, None, weight, bias, None, None, None, options)
 
 
-def _forward_outputs(
-    x0: Tensor, is_rms_norm: bool, z_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    rstd = x0.new_empty(x0.shape[:-1], dtype=torch.float32)
-    mean = x0.new_empty((0,), dtype=torch.float32) if is_rms_norm else torch.empty_like(rstd)
-    return _empty_like(x0, z_dtype), mean, rstd
+def _norm_fake(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, out_dtype):
+    return _norm_outputs(x, is_rms_norm, out_dtype)
 
 
-def _norm_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any):
-    return _run_forward(None, None, x, None, weight, bias, None, None, None, 0.0, *options)
+def _add_norm_kernel(x0, residual, weight, bias, rowscale, layerscale, rng_state, *args):
+    options = Options(*args)
+    residual_out = _empty_like(x0, options.residual_dtype)
+    out, mean, rstd = _run_forward(
+        residual_out, None, x0, residual, weight, bias, rowscale, layerscale, rng_state, options
+    )
+    return out, residual_out, mean, rstd
 
 
-def _norm_fake(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, z_dtype):
-    return _forward_outputs(x, is_rms_norm, z_dtype)
+def _add_norm_fake(x0, residual, weight, bias, rowscale, layerscale, rng_state, *args):
+    options = Options(*args)
+    out, mean, rstd = _norm_outputs(x0, options.is_rms_norm, options.out_dtype)
+    return out, _empty_like(x0, options.residual_dtype), mean, rstd
 
 
-def _add_norm_kernel(x0: Tensor, *args: Any):
-    *inputs, x_dtype = args
-    x = _empty_like(x0, x_dtype)
-    z, mean, rstd = _run_forward(x, None, x0, *inputs)
-    return z, x, mean, rstd
-
-
-def _add_norm_fake(x0: Tensor, *args: Any):
-    *_, is_rms_norm, _, z_dtype, x_dtype = args
-    z, mean, rstd = _forward_outputs(x0, is_rms_norm, z_dtype)
-    return z, _empty_like(x0, x_dtype), mean, rstd
-
-
-def _add_norm_mask_kernel(x0: Tensor, *args: Any):
-    *inputs, x_dtype = args
-    x = _empty_like(x0, x_dtype)
+def _add_norm_mask_kernel(x0, residual, weight, bias, rowscale, layerscale, rng_state, *args):
+    options = Options(*args)
+    residual_out = _empty_like(x0, options.residual_dtype)
     mask = _empty_like(x0, torch.uint8)
-    z, mean, rstd = _run_forward(x, mask, x0, *inputs)
-    return z, x, mean, rstd, mask
+    out, mean, rstd = _run_forward(
+        residual_out, mask, x0, residual, weight, bias, rowscale, layerscale, rng_state, options
+    )
+    return out, residual_out, mean, rstd, mask
 
 
-def _add_norm_mask_fake(x0: Tensor, *args: Any):
-    return (*_add_norm_fake(x0, *args), _empty_like(x0, torch.uint8))
+def _add_norm_mask_fake(x0, *args):
+    return *_add_norm_fake(x0, *args), _empty_like(x0, torch.uint8)
 
 
-def _backward_outputs(
-    x: Tensor, weight: Tensor, x0_dtype: torch.dtype, output_mask: list[bool]
+def _gradient_outputs(
+    x: Tensor, weight: Tensor, x0_dtype: torch.dtype, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
-    """dx0, dresidual, dweight, dbias, dlayerscale."""
+    """Gradients."""
     likes = ((x, x0_dtype), (x, x.dtype), *(((weight, weight.dtype),) * 3))
     return tuple(
-        _empty_like(like, dtype) if wanted else torch.empty(0, dtype=dtype, device=like.device)
-        for (like, dtype), wanted in zip(likes, output_mask)
+        _empty_like(like, dtype) if want else torch.empty(0, dtype=dtype, device=like.device)
+        for (like, dtype), want in zip(likes, wanted)
     )
 
 
 def _backward_kernel(
-    dz: Tensor,
-    dx: Tensor | None,
+    dout: Tensor,
+    dresidual_out: Tensor | None,
     x: Tensor,
     x0: Tensor | None,
     mean: Tensor | None,
@@ -145,15 +170,15 @@ def _backward_kernel(
     is_rms_norm: bool,
     zero_centered_weight: bool,
     x0_dtype: torch.dtype,
-    output_mask: list[bool],
+    wanted: list[bool],
 ):
-    outputs = _backward_outputs(x, weight, x0_dtype, output_mask)
+    outputs = _gradient_outputs(x, weight, x0_dtype, wanted)
     dx0, dresidual, dweight, dbias, dlayerscale = (
-        to_kernel(out) if wanted else None for out, wanted in zip(outputs, output_mask)
+        to_kernel(out) if want else None for out, want in zip(outputs, wanted)
     )
     _kernels.layer_norm_backward(
-        _rows(dz),
-        _rows(dx),
+        _rows(dout),
+        _rows(dresidual_out),
         _rows(x),
         _rows(x0),
         _vector(mean),
@@ -176,167 +201,51 @@ def _backward_kernel(
     return outputs
 
 
-def _backward_fake(dz, dx, x, x0, mean, rstd, weight, *args):
-    *_, x0_dtype, output_mask = args
-    return _backward_outputs(x, weight, x0_dtype, output_mask)
+def _backward_fake(
+    dout, dresidual_out, x, x0, mean, rstd, weight, rowscale, layerscale, rng_state, dropout_p,
+    is_rms_norm, zero_centered_weight, x0_dtype, wanted,
+):  # fmt: skip
+    return _gradient_outputs(x, weight, x0_dtype, wanted)
 
 
 # --- Schemas --------------------------------------------------------------------------------------
 
-_ADD_NORM_ARGS = (
+_FORWARD_ARGS = (
     "Tensor x0, Tensor? residual, Tensor weight, Tensor? bias, Tensor? rowscale, "
     "Tensor? layerscale, Tensor? rng_state, float dropout_p, float epsilon, bool is_rms_norm, "
-    "bool zero_centered_weight, ScalarType z_dtype, ScalarType x_dtype"
+    "bool zero_centered_weight, ScalarType out_dtype, ScalarType residual_dtype"
 )
 
 layer_norm_forward = register(
     "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool is_rms_norm, "
-    "bool zero_centered_weight, ScalarType z_dtype) -> (Tensor z, Tensor mean, Tensor rstd)",
+    "bool zero_centered_weight, ScalarType out_dtype) -> (Tensor out, Tensor mean, Tensor rstd)",
     _norm_kernel,
     _norm_fake,
 )
 dropout_add_layer_norm_forward = register(
-    f"dropout_add_layer_norm_forward({_ADD_NORM_ARGS}) "
-    "-> (Tensor z, Tensor x, Tensor mean, Tensor rstd)",
+    f"dropout_add_layer_norm_forward({_FORWARD_ARGS}) "
+    "-> (Tensor out, Tensor residual_out, Tensor mean, Tensor rstd)",
     _add_norm_kernel,
     _add_norm_fake,
 )
 dropout_add_layer_norm_mask_forward = register(
-    f"dropout_add_layer_norm_mask_forward({_ADD_NORM_ARGS}) "
-    "-> (Tensor z, Tensor x, Tensor mean, Tensor rstd, Tensor mask)",
+    f"dropout_add_layer_norm_mask_forward({_FORWARD_ARGS}) "
+    "-> (Tensor out, Tensor residual_out, Tensor mean, Tensor rstd, Tensor mask)",
     _add_norm_mask_kernel,
     _add_norm_mask_fake,
 )
 layer_norm_backward = register(
-    "layer_norm_backward(Tensor dz, Tensor? dx, Tensor x, Tensor? x0, Tensor? mean, Tensor rstd, "
-    "Tensor weight, Tensor? rowscale, Tensor? layerscale, Tensor? rng_state, float dropout_p, "
-    "bool is_rms_norm, bool zero_centered_weight, ScalarType x0_dtype, bool[5] output_mask) "
+    "layer_norm_backward(Tensor dout, Tensor? dresidual_out, Tensor x, Tensor? x0, Tensor? mean, "
+    "Tensor rstd, Tensor weight, Tensor? rowscale, Tensor? layerscale, Tensor? rng_state, "
+    "float dropout_p, bool is_rms_norm, bool zero_centered_weight, ScalarType x0_dtype, "
+    "bool[5] wanted) "
     "-> (Tensor dx0, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dlayerscale)",
     _backward_kernel,
     _backward_fake,
 )
 
 
-_norm = eager(layer_norm_forward, _norm_kernel)
-_add_norm = eager(dropout_add_layer_norm_forward, _add_norm_kernel)
-_add_norm_mask = eager(dropout_add_layer_norm_mask_forward, _add_norm_mask_kernel)
-_backward = eager(layer_norm_backward, _backward_kernel)
-
-
-# --- Autograd -------------------------------------------------------------------------------------
-
-
-class Norm(Function):
-    """z = norm(x). Saves x, weight, mean and rstd."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, z_dtype):
-        z, mean, rstd = _norm(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, z_dtype)
-        ctx.save_for_backward(x, weight, None if is_rms_norm else mean, rstd)
-        ctx.options = (is_rms_norm, zero_centered_weight)
-        return z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
-        x, weight, mean, rstd = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx, _, dweight, dbias, _ = _backward(
-            dz, None, x, None, mean, rstd, weight, None, None, None, 0.0, *ctx.options, x.dtype,
-            [need_x, False, need_weight, need_bias, False],
-        )  # fmt: skip
-        return (
-            dx if need_x else None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            *[None] * 4,
-        )
-
-
-class DropoutAddNorm(Function):
-    """(z, x, mask). Saves x, weight, mean, rstd, the scales, rng_state; x0 only for dlayerscale."""
-
-    @staticmethod
-    def forward(
-        ctx, x0, residual, weight, bias, rowscale, layerscale, rng_state, dropout_p, epsilon,
-        is_rms_norm, zero_centered_weight, z_dtype, x_dtype, with_mask,
-    ):  # fmt: skip
-        args = (
-            x0, residual, weight, bias, rowscale, layerscale, rng_state, dropout_p, epsilon,
-            is_rms_norm, zero_centered_weight, z_dtype, x_dtype,
-        )  # fmt: skip
-        if with_mask:
-            z, x, mean, rstd, mask = _add_norm_mask(*args)
-            ctx.mark_non_differentiable(mask)
-        else:
-            z, x, mean, rstd = _add_norm(*args)
-            mask = None
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x,
-            x0 if ctx.needs_input_grad[5] else None,
-            weight,
-            None if is_rms_norm else mean,
-            rstd,
-            rowscale,
-            layerscale,
-            rng_state,
-        )
-        ctx.options = (dropout_p, is_rms_norm, zero_centered_weight, x0.dtype)
-        ctx.z_dtype = z_dtype
-        return z, x, mask
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz, dx, _):
-        x, x0, weight, mean, rstd, rowscale, layerscale, rng_state = ctx.saved_tensors
-        x0_dtype = ctx.options[-1]
-        need_x0, need_residual, need_weight, need_bias, _, need_layerscale = ctx.needs_input_grad[
-            :6
-        ]
-        # Where x = x0 + residual in one dtype, the two have one gradient: written once.
-        shared = (
-            rng_state is None and rowscale is None and layerscale is None and x0_dtype == x.dtype
-        )
-        if dz is None:
-            dz = x.new_zeros(x.shape, dtype=ctx.z_dtype)
-        dx0, dresidual, dweight, dbias, dlayerscale = _backward(
-            dz, dx, x, x0, mean, rstd, weight, rowscale, layerscale, rng_state, *ctx.options,
-            [
-                need_x0 or (shared and need_residual),
-                need_residual and not shared,
-                need_weight,
-                need_bias,
-                need_layerscale,
-            ],
-        )  # fmt: skip
-        if shared:
-            dresidual = dx0
-        return (
-            dx0 if need_x0 else None,
-            dresidual if need_residual else None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            None,
-            dlayerscale if need_layerscale else None,
-            *[None] * 8,
-        )
-
-
-# --- With autograd where it is on, which spares the rest 8 us a call ------------------------------
-
-
-def norm(*args: Any) -> Tensor:
-    """z; the arguments are those of Norm.forward."""
-    return Norm.apply(*args) if torch.is_grad_enabled() else _norm(*args)[0]
-
-
-def dropout_add_norm(*args: Any, with_mask: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(z, x, mask); the arguments are those of DropoutAddNorm.forward."""
-    if torch.is_grad_enabled():
-        return DropoutAddNorm.apply(*args, with_mask)
-    if with_mask:
-        z, x, _, _, mask = _add_norm_mask(*args)
-        return z, x, mask
-    z, x, _, _ = _add_norm(*args)
-    return z, x, None
+norm = eager(layer_norm_forward, _norm_kernel)
+add_norm = eager(dropout_add_layer_norm_forward, _add_norm_kernel)
+add_norm_mask = eager(dropout_add_layer_norm_mask_forward, _add_norm_mask_kernel)
+backward = eager(layer_norm_backward, _backward_kernel)
