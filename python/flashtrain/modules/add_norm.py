@@ -3,32 +3,16 @@
 Legend: B batch, T sequence, D model width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashtrain.errors import did_you_mean
+from flashtrain.ops.reference import layer_norm as reference
 
 NORMS = ("layer_norm", "rms_norm")
-
-
-def _plain_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype
-) -> Tensor:
-    """LayerNorm, or without a bias RMSNorm."""
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    x, weight = x.to(dtype), weight.to(dtype)
-    if bias is None:
-        return F.rms_norm(x, weight.shape, weight, eps).to(out_dtype)
-    return F.layer_norm(x, weight.shape, weight, bias.to(dtype), eps).to(out_dtype)
-
-
-def _plain_add(x_BTD: Tensor, residual_BTD: Tensor | None, residual_in_fp32: bool) -> Tensor:
-    if residual_BTD is not None:
-        return (x_BTD + residual_BTD).to(residual_BTD.dtype)
-    return x_BTD.float() if residual_in_fp32 and x_BTD.dtype != torch.float64 else x_BTD
 
 
 class NormParameters(nn.Module):
@@ -50,7 +34,7 @@ class NormParameters(nn.Module):
 
 
 class DropoutAddNorm(NormParameters):
-    """x = layer_scale * dropout(drop_path(branch)) + residual;  z = norm(x).
+    """residual_out = layer_scale * dropout(drop_path(branch)) + residual;  out is its norm.
 
     Fused, the residual stream is read once and written once; unfused, the same numbers (within
     rounding) come from plain torch ops.
@@ -93,11 +77,12 @@ class DropoutAddNorm(NormParameters):
         self.eps = eps
         self.residual_in_fp32 = residual_in_fp32
         self.fused = fused
+        self._add_norm: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = reference.add_norm
         if fused:
             # Imported on demand: the plain model needs no compiled extension.
-            from flashtrain.ops import layer_norm as ops
+            from flashtrain.ops.layer_norm import add_norm
 
-            self._layer_norm, self._rms_norm = ops.dropout_add_layer_norm, ops.dropout_add_rms_norm
+            self._add_norm = add_norm
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, the layer scale its first value."""
@@ -114,36 +99,24 @@ class DropoutAddNorm(NormParameters):
         return kept_B.unsqueeze(1).expand(branch_BTD.shape[:2]).contiguous()
 
     def forward(self, branch_BTD: Tensor, residual_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns (z, x), both [B, T, D]: the sublayer's input and the residual stream.
+        """Returns (out, residual_out), both [B, T, D]: the sublayer's input, the residual stream.
 
-        z has the dtype of the branch; x that of the residual or, without one, of the branch.
+        out has the dtype of the branch; residual_out that of the residual or, without one, of the
+        branch.
         """
-        dropout_p = self.dropout_p if self.training else 0.0
-        row_scale_BT = self._row_scale(branch_BTD)
-        if self.fused:
-            function = self._rms_norm if self.bias is None else self._layer_norm
-            return function(
-                branch_BTD,
-                residual_BTD,
-                self.weight,
-                self.bias,
-                dropout_p,
-                self.eps,
-                row_scale_BT,
-                self.layer_scale,
-                prenorm=True,
-                residual_in_fp32=self.residual_in_fp32,
-            )
-        x_BTD = branch_BTD
-        if row_scale_BT is not None:
-            x_BTD = x_BTD * row_scale_BT.unsqueeze(-1)
-        x_BTD = F.dropout(x_BTD, dropout_p)
-        if self.layer_scale is not None:
-            x_BTD = x_BTD * self.layer_scale
-        x_BTD = _plain_add(x_BTD, residual_BTD, self.residual_in_fp32)
-        if residual_BTD is None and not self.residual_in_fp32:
-            x_BTD = x_BTD.to(branch_BTD.dtype)  # layer_scale may have widened it
-        return _plain_norm(x_BTD, self.weight, self.bias, self.eps, branch_BTD.dtype), x_BTD
+        out_BTD, residual_out_BTD, _ = self._add_norm(
+            branch_BTD,
+            residual_BTD,
+            self.weight,
+            self.bias,
+            self.dropout_p if self.training else 0.0,
+            self.eps,
+            rowscale=self._row_scale(branch_BTD),
+            layerscale=self.layer_scale,
+            is_rms_norm=self.bias is None,
+            residual_in_fp32=self.residual_in_fp32,
+        )
+        return out_BTD, residual_out_BTD
 
     def extra_repr(self) -> str:
         return (
@@ -153,14 +126,14 @@ class DropoutAddNorm(NormParameters):
 
 
 class ParallelDropoutAddNorm(NormParameters):
-    """x = dropout(branch0) + dropout(branch1) + residual;  z0, z1 = norm0(x), norm1(x).
+    """residual_out = dropout(branch0) + dropout(branch1) + residual;  out0, out1 are its norms.
 
     The glue between two parallel blocks: both branches of one are added, and both of the next read
     the sum, through one norm (tied) or two.
 
     Args:
         d_model, norm, dropout_p, eps, residual_in_fp32, fused: see `DropoutAddNorm`.
-        tied: there is one norm, and z1 is z0.
+        tied: there is one norm, and out1 is out0.
     """
 
     def __init__(
@@ -180,11 +153,11 @@ class ParallelDropoutAddNorm(NormParameters):
         self.eps = eps
         self.residual_in_fp32 = residual_in_fp32
         self.fused = fused
+        self._add_norm: Callable[..., tuple[Tensor | None, ...]] = reference.parallel_add_norm
         if fused:
-            from flashtrain.ops import layer_norm as ops
+            from flashtrain.ops.layer_norm.parallel import parallel_add_norm
 
-            self._layer_norm = ops.dropout_add_layer_norm_parallel_residual
-            self._rms_norm = ops.dropout_add_rms_norm_parallel_residual
+            self._add_norm = parallel_add_norm
 
     def reset_parameters(self) -> None:
         """Weights 1, biases 0."""
@@ -192,15 +165,11 @@ class ParallelDropoutAddNorm(NormParameters):
         if self.norm1 is not None:
             self.norm1.reset_parameters()
 
-    def _fused(
-        self,
-        branch0_BTD: Tensor,
-        branch1_BTD: Tensor | None,
-        residual_BTD: Tensor | None,
-        dropout_p: float,
+    def forward(
+        self, branch0_BTD: Tensor, branch1_BTD: Tensor | None, residual_BTD: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        function: Any = self._rms_norm if self.bias is None else self._layer_norm
-        z0_BTD, z1_BTD, x_BTD = function(
+        """Returns (out0, out1, residual_out), all [B, T, D]; dtypes as of `DropoutAddNorm`."""
+        results: Any = self._add_norm(
             branch0_BTD,
             branch1_BTD,
             residual_BTD,
@@ -208,26 +177,10 @@ class ParallelDropoutAddNorm(NormParameters):
             self.bias,
             None if self.norm1 is None else self.norm1.weight,
             None if self.norm1 is None else self.norm1.bias,
-            dropout_p,
+            self.dropout_p if self.training else 0.0,
             self.eps,
-            prenorm=True,
+            is_rms_norm=self.bias is None,
             residual_in_fp32=self.residual_in_fp32,
         )
-        return z0_BTD, z0_BTD if z1_BTD is None else z1_BTD, x_BTD
-
-    def forward(
-        self, branch0_BTD: Tensor, branch1_BTD: Tensor | None, residual_BTD: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (z0, z1, x), all [B, T, D]; dtypes as `DropoutAddNorm` has them."""
-        dropout_p = self.dropout_p if self.training else 0.0
-        if self.fused:
-            return self._fused(branch0_BTD, branch1_BTD, residual_BTD, dropout_p)
-        x_BTD = F.dropout(branch0_BTD, dropout_p)
-        if branch1_BTD is not None:
-            x_BTD = x_BTD + F.dropout(branch1_BTD, dropout_p)
-        x_BTD = _plain_add(x_BTD, residual_BTD, self.residual_in_fp32)
-        z0_BTD = _plain_norm(x_BTD, self.weight, self.bias, self.eps, branch0_BTD.dtype)
-        if self.norm1 is None:
-            return z0_BTD, z0_BTD, x_BTD
-        z1_BTD = _plain_norm(x_BTD, self.norm1.weight, self.norm1.bias, self.eps, branch0_BTD.dtype)
-        return z0_BTD, z1_BTD, x_BTD
+        out0_BTD, out1_BTD, residual_out_BTD, *_ = results
+        return out0_BTD, out0_BTD if out1_BTD is None else out1_BTD, residual_out_BTD

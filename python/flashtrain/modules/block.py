@@ -76,7 +76,7 @@ class ParallelBlock(nn.Module):
     """Attention and MLP side by side (GPT-J, GPT-NeoX, PaLM): x + attention(norm x) + MLP(norm x).
 
     Args:
-        norm: adds the branches of the block before; the attention reads z0, the MLP z1.
+        norm: adds the branches of the block before; the attention reads out0, the MLP out1.
     """
 
     def __init__(self, norm: ParallelDropoutAddNorm, attention: MultiHeadAttention, mlp: nn.Module):
@@ -95,6 +95,6 @@ class ParallelBlock(nn.Module):
     ) -> tuple[Branches, Tensor | None]:
         """(one or two branches [B, T, D], residual) -> ((attention's, MLP's), residual)."""
         first_BTD, second_BTD = branches if len(branches) == 2 else (branches[0], None)
-        z0_BTD, z1_BTD, residual_BTD = self.norm(first_BTD, second_BTD, residual_BTD)
-        attended_BTD = self.attention(z0_BTD, context=context, cache=cache)
-        return (attended_BTD, self.mlp(z1_BTD)), residual_BTD
+        out0_BTD, out1_BTD, residual_BTD = self.norm(first_BTD, second_BTD, residual_BTD)
+        attended_BTD = self.attention(out0_BTD, context=context, cache=cache)
+        return (attended_BTD, self.mlp(out1_BTD)), residual_BTD

@@ -14,6 +14,7 @@ from torch import Tensor
 from flashtrain.ops import adamw, attention, fused_dense, layer_norm, rotary
 from flashtrain.ops.cross_entropy import cross_entropy_loss
 from flashtrain.ops.linear_cross_entropy import linear_cross_entropy
+from flashtrain.testing.contract import assert_negative_views_count_as_shown
 from flashtrain.testing.devices import DEVICE
 
 _LABELS = torch.tensor([2, 0, 4, 1, 7, 3], device=DEVICE)
@@ -28,9 +29,6 @@ _OPS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "dropout_add_layer_norm": (
         lambda x, r, w, b: layer_norm.dropout_add_layer_norm(x, r, w, b, 0.0, 1e-5),
         [(6, 8), (6, 8), (8,), (8,)],
-    ),
-    "layer_norm_fn": (
-        lambda x, w, b, r: layer_norm.layer_norm_fn(x, w, b, r), [(6, 8), (8,), (8,), (6, 8)],
     ),
     "cross_entropy": (lambda x: cross_entropy_loss(x, _LABELS)[0], [(6, 8)]),
     "cross_entropy, in place": (
@@ -52,27 +50,12 @@ _OPS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 
 @pytest.mark.parametrize("name", _OPS)
 def test_negative_views(name: str) -> None:
-    torch.manual_seed(0)
     op, shapes = _OPS[name]
-    stored = [torch.randn(shape, device=DEVICE) for shape in shapes]
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" and "attention" in name else torch.float32
-    stored = [t.to(dtype) for t in stored]
-    no_grad = (1, 2) if name == "rotary" else ()
-
-    def run(tensors: list[Tensor], negative_grad: bool) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_(i not in no_grad) for i, t in enumerate(tensors)]
-        out = op(*(t * 1.0 for t in leaves) if "in place" in name else leaves)
-        grad = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out).to(out.dtype)
-        grad = torch._neg_view(grad) if negative_grad else -grad
-        wanted = [t for t in leaves if t.requires_grad]
-        return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
-
-    expected = run([-t for t in stored], False)
-    torch.testing.assert_close(run([torch._neg_view(t) for t in stored], False), expected)
-    torch.testing.assert_close(run([-t for t in stored], True), expected)
-    with torch.no_grad():
-        out = op(*(torch._neg_view(t) for t in stored))
-    torch.testing.assert_close(out, expected[0])
+    half = DEVICE.type == "cuda" and "attention" in name
+    assert_negative_views_count_as_shown(
+        op, shapes, dtype=torch.bfloat16 if half else torch.float32,
+        no_grad=(1, 2) if name == "rotary" else (), in_place="in place" in name,
+    )  # fmt: skip
 
 
 def test_in_place_on_negative_views() -> None:
@@ -91,11 +74,6 @@ def test_in_place_on_negative_views() -> None:
     with pytest.raises(ValueError, match="x: is a view with a negative bit"):
         rotary.apply_rotary_emb(q, cos, sin, inplace=True)
     assert torch.equal(q, kept)
-
-    x, out = torch.randn(6, 8, device=DEVICE), torch._neg_view(torch.zeros(6, 8, device=DEVICE))
-    weight = torch.ones(8, device=DEVICE)
-    y = layer_norm.layer_norm_fn(x, weight, None, out=out)
-    torch.testing.assert_close(y, layer_norm.layer_norm_fn(x, weight, None))
 
 
 def test_optimizer() -> None:

@@ -1,6 +1,6 @@
 """Random calls of an op, well-formed and not: each must give an error or the right answer.
 
-    python -m flashtrain.testing.fuzz flashtrain.ops.layer_norm_fuzz --seed=0 --calls=10000
+    python -m flashtrain.testing.fuzz flashtrain.ops.layer_norm.fuzz --seed=0 --calls=10000
 
 A module of calls has `draw(rng: random.Random) -> Call`. They run in a process of their own, so
 that a crash is found and told: call i of a seed is a pure function of the two, and the process

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flashtrain.errors import UserError
 from flashtrain.models.gpt import GPT
 from flashtrain.models.vit import ViT
-from flashtrain.ops._linear_cross_entropy_ops import chunk_rows
+from flashtrain.ops.linear_cross_entropy import chunk_rows
 from flashtrain.train.batches import BatchPlan, micro_batches
 from flashtrain.train.build import build_gpt
 from flashtrain.train.config import RunConfig

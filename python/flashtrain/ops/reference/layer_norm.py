@@ -1,4 +1,10 @@
-"""Dropout + add + LayerNorm or RMSNorm in plain torch."""
+"""Dropout + add + LayerNorm or RMSNorm in plain torch, with the signatures of the fused functions.
+
+The models without fusion run on these. Beside the fused functions' arguments they have
+
+  keep_mask      [..., cols], nonzero = kept; None: torch's dropout draws one.
+  compute_dtype  see the package's docstring; results are then in it.
+"""
 
 from __future__ import annotations
 
@@ -7,71 +13,87 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def dropout_add_layer_norm(
+def _norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    is_rms_norm: bool,
+    zero_centered_weight: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if zero_centered_weight:
+        weight = weight + 1.0
+    if not is_rms_norm:
+        return F.layer_norm(x, weight.shape, weight, bias, epsilon).to(out_dtype)
+    out = F.rms_norm(x, weight.shape, weight, epsilon)
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+def _dropout(x: Tensor, dropout_p: float, keep_mask: Tensor | None) -> Tensor:
+    if keep_mask is None:
+        return F.dropout(x, dropout_p)
+    return torch.where(keep_mask != 0, x / (1.0 - dropout_p), 0.0)
+
+
+def _dtypes(
+    x0: Tensor,
+    residual: Tensor | None,
+    residual_in_fp32: bool,
+    out_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
+) -> tuple[torch.dtype, torch.dtype]:
+    """Of out and of residual_out."""
+    if compute_dtype is not None:
+        return compute_dtype, compute_dtype
+    if residual is not None:
+        return out_dtype or x0.dtype, residual.dtype
+    fp32 = torch.promote_types(x0.dtype, torch.float32)
+    return out_dtype or x0.dtype, fp32 if residual_in_fp32 else x0.dtype
+
+
+def _cast(compute_dtype: torch.dtype | None, *tensors: Tensor | None) -> list:
+    if compute_dtype is None:
+        return list(tensors)
+    return [None if t is None else t.to(compute_dtype) for t in tensors]
+
+
+def add_norm(
     x0: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    dropout_p: float,
     epsilon: float,
     *,
-    dropout_p: float = 0.0,
-    keep_mask: Tensor | None = None,
     rowscale: Tensor | None = None,
     layerscale: Tensor | None = None,
-    residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
     zero_centered_weight: bool = False,
+    residual_in_fp32: bool = False,
+    out_dtype: torch.dtype | None = None,
+    keep_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x = layerscale * dropout(rowscale * x0) + residual;  z = norm(x) * weight + bias.
-
-    Args:
-      x0: [..., cols].
-      residual: [..., cols], or None for zero.
-      weight, bias, layerscale: [cols].
-      epsilon: added to the variance, or to the mean square.
-      dropout_p: survivors are scaled by 1 / (1 - dropout_p).
-      keep_mask: [..., cols], nonzero = kept; None: nothing is dropped.
-      rowscale: [...], a factor for each row.
-      residual_in_fp32: without a residual, x is kept in float32.
-      is_rms_norm: divide by the root mean square, without subtracting the mean.
-      zero_centered_weight: scale by 1 + weight.
-      compute_dtype: see the module's docstring.
-
-    Returns z in x0's dtype and x in the residual's, or both in `compute_dtype`.
-    """
-    if residual is not None:
-        x_dtype = residual.dtype
-    else:
-        x_dtype = torch.float32 if residual_in_fp32 else x0.dtype
-    z_dtype = x0.dtype
-    if compute_dtype is not None:
-        x_dtype = z_dtype = compute_dtype
-        x0, residual, weight, bias, rowscale, layerscale = (
-            None if t is None else t.to(compute_dtype)
-            for t in (x0, residual, weight, bias, rowscale, layerscale)
-        )
-
-    x = x0 if rowscale is None else x0 * rowscale.unsqueeze(-1).to(x0.dtype)
-    if keep_mask is not None:
-        x = torch.where(keep_mask != 0, x / (1.0 - dropout_p), 0.0)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`flashtrain.ops.layer_norm.add_norm`: (out, residual_out, keep_mask)."""
+    out_dtype, residual_dtype = _dtypes(x0, residual, residual_in_fp32, out_dtype, compute_dtype)
+    x, residual, weight, bias, rowscale, layerscale = _cast(
+        compute_dtype, x0, residual, weight, bias, rowscale, layerscale
+    )
+    if rowscale is not None:
+        x = x * rowscale.unsqueeze(-1)
+    x = _dropout(x, dropout_p, keep_mask)
     if layerscale is not None:
-        x = x * layerscale.to(x.dtype)
-    x = x.to(x_dtype)
-    if residual is not None:
-        x = x + residual
-
-    weight = weight.to(x_dtype) + (1.0 if zero_centered_weight else 0.0)
-    bias = None if bias is None else bias.to(x_dtype)
-    if is_rms_norm:
-        z = F.rms_norm(x, (x.shape[-1],), weight, epsilon)
-        z = z if bias is None else z + bias
-    else:
-        z = F.layer_norm(x, (x.shape[-1],), weight, bias, epsilon)
-    return z.to(z_dtype), x
+        x = x * layerscale
+    x = (x if residual is None else x + residual).to(residual_dtype)
+    out = _norm(x, weight, bias, epsilon, is_rms_norm, zero_centered_weight, out_dtype)
+    return out, x, keep_mask
 
 
-def parallel_residual(
+def parallel_add_norm(
     x0: Tensor,
     x1: Tensor | None,
     residual: Tensor | None,
@@ -79,36 +101,27 @@ def parallel_residual(
     bias0: Tensor | None,
     weight1: Tensor | None,
     bias1: Tensor | None,
+    dropout_p: float,
     epsilon: float,
     *,
-    dropout_p: float = 0.0,
-    keep_mask0: Tensor | None = None,
-    keep_mask1: Tensor | None = None,
-    residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
     zero_centered_weight: bool = False,
+    residual_in_fp32: bool = False,
+    out_dtype: torch.dtype | None = None,
+    keep_mask0: Tensor | None = None,
+    keep_mask1: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """x = dropout(x0) + dropout(x1) + residual: [z0, z1, x], or [z0, x] without weight1.
-
-    The arguments are those of `dropout_add_layer_norm`, one weight, bias and mask for each branch.
-    """
-    ones = torch.ones_like(weight0)
-
-    def add(branch: Tensor, mask: Tensor | None, total: Tensor | None) -> Tensor:
-        return dropout_add_layer_norm(
-            branch, total, ones, None, epsilon, dropout_p=dropout_p, keep_mask=mask,
-            residual_in_fp32=residual_in_fp32, compute_dtype=compute_dtype,
-        )[1]  # fmt: skip
-
-    total = residual if x1 is None else add(x1, keep_mask1, residual)
-    x = add(x0, keep_mask0, total)
-    results = []
-    for weight, bias in ((weight0, bias0), (weight1, bias1)):
-        if weight is not None:
-            z, _ = dropout_add_layer_norm(
-                x, None, weight, bias, epsilon, is_rms_norm=is_rms_norm,
-                zero_centered_weight=zero_centered_weight, compute_dtype=compute_dtype,
-            )  # fmt: skip
-            results.append(z.to(compute_dtype or x0.dtype))
-    return [*results, x]
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """`flashtrain.ops.layer_norm.parallel.parallel_add_norm`, with a keep_mask for each branch."""
+    out_dtype, residual_dtype = _dtypes(x0, residual, residual_in_fp32, out_dtype, compute_dtype)
+    x, x1, residual, weight0, bias0, weight1, bias1 = _cast(
+        compute_dtype, x0, x1, residual, weight0, bias0, weight1, bias1
+    )
+    x = _dropout(x, dropout_p, keep_mask0)
+    if x1 is not None:
+        x = x + _dropout(x1, dropout_p, keep_mask1)
+    x = (x if residual is None else x + residual).to(residual_dtype)
+    options = (epsilon, is_rms_norm, zero_centered_weight, out_dtype)
+    out0 = _norm(x, weight0, bias0, *options)
+    out1 = None if weight1 is None else _norm(x, weight1, bias1, *options)
+    return out0, out1, x, keep_mask0, keep_mask1

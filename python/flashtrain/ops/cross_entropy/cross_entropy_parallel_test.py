@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from flashtrain.ops.cross_entropy import CrossEntropyLoss, cross_entropy_loss
-from flashtrain.ops.cross_entropy_cases import BF16, FP32, Case, row_gradients
+from flashtrain.ops.cross_entropy.cases import BF16, FP32, Case, row_gradients
 
 _CASES = {
     "plain": Case((13, 96), FP32),

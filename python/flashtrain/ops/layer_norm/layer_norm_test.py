@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops import layer_norm as ln
-from flashtrain.ops.layer_norm_cases import (
+from flashtrain.ops.layer_norm.cases import (
     BF16,
     FP16,
     FP32,

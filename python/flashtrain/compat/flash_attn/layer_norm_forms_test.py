@@ -1,4 +1,4 @@
-"""The composed forms of layer_norm: parallel residual, layer_norm_fn, and their modules."""
+"""The forms of the norms: parallel residual, layer_norm_fn, and the modules."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtrain.ops import layer_norm
-from flashtrain.ops.layer_norm_cases import BF16, FP16, FP32, hold_against_torch, leaves_of
+from flashtrain.compat.flash_attn.norm_cases import hold_against_torch, leaves_of
+from flashtrain.compat.flash_attn.ops import layer_norm
+from flashtrain.compat.flash_attn.ops import rms_norm as compat_rms_norm
+from flashtrain.compat.flash_attn.ops.triton import layer_norm as compat_triton
+from flashtrain.ops.layer_norm.cases import BF16, FP16, FP32
 from flashtrain.ops.reference import layer_norm as layer_norm_reference
 from flashtrain.testing import tolerances
 from flashtrain.testing.devices import DEVICE, poisoned_memory
 
 # The options decide what comes back, a tensor or a tuple, which types cannot say.
 ln: Any = layer_norm
+rms_norm: Any = compat_rms_norm
+triton: Any = compat_triton
 reference: Any = layer_norm_reference
 
 COMPILE_BACKEND = "inductor" if DEVICE.type == "cuda" else "aot_eager"
@@ -49,7 +54,7 @@ def test_parallel_residual(dtype, residual, in_fp32, has_x1, tied, dropout_p, rm
     if not rms:
         shapes |= {"bias0": ((40,), FP32)} | ({} if tied else {"bias1": ((40,), FP32)})
     function = (
-        ln.dropout_add_rms_norm_parallel_residual
+        rms_norm.dropout_add_rms_norm_parallel_residual
         if rms
         else ln.dropout_add_layer_norm_parallel_residual
     )
@@ -70,11 +75,12 @@ def test_parallel_residual(dtype, residual, in_fp32, has_x1, tied, dropout_p, rm
             assert not torch.equal(mask0, mask1)
 
         def expression(values, compute_dtype):
-            return reference.parallel_residual(
-                *(values.get(name) for name in names), 1e-5, dropout_p=dropout_p,
-                keep_mask0=mask0, keep_mask1=mask1, residual_in_fp32=in_fp32, is_rms_norm=rms,
+            results = reference.parallel_add_norm(
+                *(values.get(name) for name in names), dropout_p, 1e-5, keep_mask0=mask0,
+                keep_mask1=mask1, residual_in_fp32=in_fp32, is_rms_norm=rms,
                 compute_dtype=compute_dtype,
             )  # fmt: skip
+            return [t for t in results[:3] if t is not None]
 
         return [t for t in (z0, z1, x) if t is not None], expression
 
@@ -116,7 +122,7 @@ def test_layer_norm_fn(rms: bool, zero_centered: bool) -> None:
         "residual": ((4, 6, 32), FP32), "x1": ((4, 6, 32), BF16), "weight1": ((32,), FP32),
         "bias1": ((32,), FP32),
     }  # fmt: skip
-    function = ln.rms_norm_fn if rms else ln.layer_norm_fn
+    function = triton.rms_norm_fn if rms else triton.layer_norm_fn
 
     def run(leaves):
         y, y1, total, mask, mask1 = function(
@@ -127,12 +133,12 @@ def test_layer_norm_fn(rms: bool, zero_centered: bool) -> None:
         assert total.dtype == FP32
 
         def expression(values, compute_dtype):
-            return reference.parallel_residual(
+            results = reference.parallel_add_norm(
                 values["x"], values["x1"], values["residual"], values["weight"], values["bias"],
-                values["weight1"], values["bias1"], 1e-5, dropout_p=0.2, keep_mask0=mask,
-                keep_mask1=mask1, is_rms_norm=rms, zero_centered_weight=zero_centered,
-                compute_dtype=compute_dtype,
+                values["weight1"], values["bias1"], 0.2, 1e-5, keep_mask0=mask, keep_mask1=mask1,
+                is_rms_norm=rms, zero_centered_weight=zero_centered, compute_dtype=compute_dtype,
             )  # fmt: skip
+            return list(results[:3])
 
         return [y, y1, total], expression
 
@@ -143,28 +149,28 @@ def test_layer_norm_fn_returns_what_is_asked_for() -> None:
     x, residual = torch.randn(2, 5, 16, device=DEVICE)
     weight = torch.ones(16, device=DEVICE)
     expected = torch.nn.functional.layer_norm(x, (16,), eps=1e-6)
-    torch.testing.assert_close(ln.layer_norm_fn(x, weight, None), expected)
-    y, y1 = ln.layer_norm_fn(x, weight, None, weight1=weight * 2)
+    torch.testing.assert_close(triton.layer_norm_fn(x, weight, None), expected)
+    y, y1 = triton.layer_norm_fn(x, weight, None, weight1=weight * 2)
     torch.testing.assert_close(y1, expected * 2)
     torch.testing.assert_close(y, expected)
-    y, total, mask, mask1 = ln.layer_norm_fn(
+    y, total, mask, mask1 = triton.layer_norm_fn(
         x, weight, None, residual, prenorm=True, return_dropout_mask=True
     )
     torch.testing.assert_close(total, x + residual)
     assert mask is None
     assert mask1 is None
     rowscale = torch.rand(5, device=DEVICE)
-    _, total = ln.rms_norm_fn(x, weight, None, residual, rowscale=rowscale, prenorm=True)
+    _, total = triton.rms_norm_fn(x, weight, None, residual, rowscale=rowscale, prenorm=True)
     torch.testing.assert_close(total, x * rowscale[:, None] + residual)
     with pytest.raises(ValueError, match="rowscale: got one with x1"):
-        ln.layer_norm_fn(x, weight, None, x1=x, rowscale=rowscale)
+        triton.layer_norm_fn(x, weight, None, x1=x, rowscale=rowscale)
 
 
 @pytest.mark.parametrize("out_dtype", [FP32, FP16])
 def test_out_dtype(out_dtype: torch.dtype) -> None:
     leaves = leaves_of({"x": ((5, 48), BF16), "weight": ((48,), FP32), "residual": ((5, 48), BF16)})
     for residual in (None, leaves["residual"]):
-        y = ln.layer_norm_fn(leaves["x"], leaves["weight"], None, residual, out_dtype=out_dtype)
+        y = triton.layer_norm_fn(leaves["x"], leaves["weight"], None, residual, out_dtype=out_dtype)
         assert y.dtype == out_dtype
         total = leaves["x"] if residual is None else leaves["x"] + residual
         expected = torch.nn.functional.layer_norm(total.float(), (48,), leaves["weight"], eps=1e-6)
@@ -177,7 +183,7 @@ def test_out_dtype(out_dtype: torch.dtype) -> None:
 def test_out_and_residual_out_are_written_and_returned() -> None:
     leaves = leaves_of({"x": ((5, 48), BF16), "weight": ((48,), FP32), "residual": ((5, 48), FP32)})
     out, residual_out = (torch.empty(5, 48, device=DEVICE, dtype=t) for t in (FP32, FP32))
-    y, total = ln.layer_norm_fn(
+    y, total = triton.layer_norm_fn(
         **leaves, bias=None, prenorm=True, out=out, residual_out=residual_out
     )
     assert y is out
@@ -194,7 +200,7 @@ def test_out_and_residual_out_are_written_and_returned() -> None:
         ("residual_out", [1], "residual_out: got list; supported: Tensor"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
-            ln.layer_norm_fn(**leaves, bias=None, **{name: bad})
+            triton.layer_norm_fn(**leaves, bias=None, **{name: bad})
 
 
 # --- Both under torch.compile, and as modules -----------------------------------------------------
@@ -209,7 +215,7 @@ def test_compile() -> None:
         z0, z1 = ln.dropout_add_layer_norm_parallel_residual(
             x0, x1, residual, weight, None, weight, None, 0.0, 1e-5
         )
-        z = ln.dropout_add_rms_norm_subset(
+        z = rms_norm.dropout_add_rms_norm_subset(
             x0[:4], residual, weight, None, 0.0, 1e-5, x0_subset=numbers, out_subset=numbers,
             out_numrows=4,
         )  # fmt: skip
@@ -248,8 +254,52 @@ def test_parallel_residual_modules(tied: bool) -> None:
         assert set(module.state_dict()) == {"weight0", "bias0", "weight1", "bias1"}
     assert not torch.allclose(module.train()(x0, x1, residual)[2], total)
 
-    rms = ln.DropoutAddRMSNormParallelResidual(24, tied_norm=tied, device=DEVICE)
+    rms = rms_norm.DropoutAddRMSNormParallelResidual(24, tied_norm=tied, device=DEVICE)
     z0, z1 = rms(x0, x1)
     torch.testing.assert_close(z0, torch.nn.functional.rms_norm(x0 + x1, (24,), eps=1e-5))
     assert (z1 is None) == tied
     assert set(rms.state_dict()) == {"weight0"} | (set() if tied else {"weight1"})
+
+
+def test_modules() -> None:
+    x0, residual = torch.randn(2, 3, 5, 48, device=DEVICE)
+    module = ln.DropoutAddLayerNorm(48, prenorm=True, p=0.5, device=DEVICE)
+    with torch.no_grad():
+        module.weight.normal_()
+        module.bias.normal_()
+    z, x = module.eval()(x0, residual)
+    torch.testing.assert_close(x, x0 + residual)
+    torch.testing.assert_close(
+        z, torch.nn.functional.layer_norm(x, (48,), module.weight, module.bias)
+    )
+    assert not torch.allclose(module.train()(x0, residual)[1], x)
+    assert set(module.state_dict()) == {"weight", "bias"}
+
+    rms = rms_norm.DropoutAddRMSNorm(48, device=DEVICE)
+    torch.testing.assert_close(rms(x0, residual), torch.nn.functional.rms_norm(x, (48,), eps=1e-5))
+    assert set(rms.state_dict()) == {"weight"}
+    assert (
+        rms_norm.DropoutAddRMSNorm(
+            48, residual_in_fp32=True, prenorm=True, dtype=BF16, device=DEVICE
+        )(x0.to(BF16))[1].dtype
+        is FP32
+    )
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_rms_norm_module(zero_centered: bool) -> None:
+    module = triton.RMSNorm(40, zero_centered_weight=zero_centered, device=DEVICE)
+    assert (module.weight == (0.0 if zero_centered else 1.0)).all()
+    with torch.no_grad():
+        module.weight.add_(torch.randn(40, device=DEVICE))
+    x = torch.randn(6, 40, device=DEVICE, requires_grad=True)
+    scale = module.weight + 1.0 if zero_centered else module.weight
+    expected = torch.nn.functional.rms_norm(x, (40,), scale, 1e-5)
+    z = module(x)
+    torch.testing.assert_close(z, expected)
+    grad = torch.randn_like(z)
+    torch.testing.assert_close(
+        torch.autograd.grad(z, (x, module.weight), grad),
+        torch.autograd.grad(expected, (x, module.weight), grad),
+    )
+    torch.testing.assert_close(rms_norm.rms_norm(x, scale, 1e-5), z)

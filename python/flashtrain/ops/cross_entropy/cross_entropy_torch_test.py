@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _cross_entropy_ops as ops
 from flashtrain.ops.cross_entropy import CrossEntropyLoss, cross_entropy_loss
-from flashtrain.ops.cross_entropy_cases import BF16, FP16, FP32, Case, row_gradients
+from flashtrain.ops.cross_entropy import kernels as ops
+from flashtrain.ops.cross_entropy.cases import BF16, FP16, FP32, Case, row_gradients
 from flashtrain.testing.devices import DEVICE, cuda_only, poisoned_memory, two_gpus_only
 
 # Inductor needs a C++ compiler for CPU code, and half a minute; aot_eager runs the same traced

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from flashtrain.ops.cross_entropy import CrossEntropyLoss, cross_entropy_loss
-from flashtrain.ops.cross_entropy_cases import (
+from flashtrain.ops.cross_entropy.cases import (
     BF16,
     FP16,
     FP32,

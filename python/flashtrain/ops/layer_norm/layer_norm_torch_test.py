@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flashtrain import _kernels
-from flashtrain.ops import _layer_norm_ops as ops
 from flashtrain.ops import layer_norm as ln
-from flashtrain.ops.layer_norm_cases import (
+from flashtrain.ops.layer_norm import kernels
+from flashtrain.ops.layer_norm.cases import (
     BF16,
     FP16,
     FP32,
@@ -62,13 +62,13 @@ def test_frozen_inputs(frozen: tuple[str, ...], dropout_p: float) -> None:
 
 def test_gradients_nobody_needs_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    backward = ops._backward
+    backward = kernels.backward
 
     def spy(*args):
         asked.append(args[-1])
         return backward(*args)
 
-    monkeypatch.setattr(ops, "_backward", spy)
+    monkeypatch.setattr(kernels, "backward", spy)
     case = Case((4, 32), BF16, BF16)
     inputs = case.inputs()
     inputs = {n: t.detach().requires_grad_(n == "residual") for n, t in inputs.items()}
@@ -362,50 +362,3 @@ def test_devices_must_agree() -> None:
     other = torch.zeros(4, device="cpu" if DEVICE.type == "cuda" else "meta")
     with pytest.raises(ValueError, match=r"weight: is on .*; supported: x's device"):
         ln.layer_norm(_zeros(2, 4), other, None, 1e-5)
-
-
-# --- Modules and conveniences ---------------------------------------------------------------------
-
-
-def test_modules() -> None:
-    x0, residual = torch.randn(2, 3, 5, 48, device=DEVICE)
-    module = ln.DropoutAddLayerNorm(48, prenorm=True, p=0.5, device=DEVICE)
-    with torch.no_grad():
-        module.weight.normal_()
-        module.bias.normal_()
-    z, x = module.eval()(x0, residual)
-    torch.testing.assert_close(x, x0 + residual)
-    torch.testing.assert_close(
-        z, torch.nn.functional.layer_norm(x, (48,), module.weight, module.bias)
-    )
-    assert not torch.allclose(module.train()(x0, residual)[1], x)
-    assert set(module.state_dict()) == {"weight", "bias"}
-
-    rms = ln.DropoutAddRMSNorm(48, device=DEVICE)
-    torch.testing.assert_close(rms(x0, residual), torch.nn.functional.rms_norm(x, (48,), eps=1e-5))
-    assert set(rms.state_dict()) == {"weight"}
-    assert (
-        ln.DropoutAddRMSNorm(48, residual_in_fp32=True, prenorm=True, dtype=BF16, device=DEVICE)(
-            x0.to(BF16)
-        )[1].dtype
-        is FP32
-    )
-
-
-@pytest.mark.parametrize("zero_centered", [False, True])
-def test_rms_norm_module(zero_centered: bool) -> None:
-    module = ln.RMSNorm(40, zero_centered_weight=zero_centered, device=DEVICE)
-    assert (module.weight == (0.0 if zero_centered else 1.0)).all()
-    with torch.no_grad():
-        module.weight.add_(torch.randn(40, device=DEVICE))
-    x = torch.randn(6, 40, device=DEVICE, requires_grad=True)
-    scale = module.weight + 1.0 if zero_centered else module.weight
-    expected = torch.nn.functional.rms_norm(x, (40,), scale, 1e-5)
-    z = module(x)
-    torch.testing.assert_close(z, expected)
-    grad = torch.randn_like(z)
-    torch.testing.assert_close(
-        torch.autograd.grad(z, (x, module.weight), grad),
-        torch.autograd.grad(expected, (x, module.weight), grad),
-    )
-    torch.testing.assert_close(ln.rms_norm(x, scale, 1e-5), z)

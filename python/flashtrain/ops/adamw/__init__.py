@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from flashtrain import _kernels
-from flashtrain.ops._adamw_checks import (
+from flashtrain.ops._arguments import checked
+from flashtrain.ops._library import launch_context, real_tensors, to_kernel
+from flashtrain.ops.adamw.checks import (
     check_element,
     check_parameter,
     check_scale,
     check_tensor,
     check_values,
 )
-from flashtrain.ops._arguments import checked
-from flashtrain.ops._library import launch_context, real_tensors, to_kernel
 
 _LOW_DTYPES = (torch.float16, torch.bfloat16)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ class Case:
     def reference(
         self, inputs: dict[str, Tensor], compute_dtype: torch.dtype | None, mask: Tensor | None
     ) -> tuple[Tensor, ...]:
-        z, x = reference.dropout_add_layer_norm(
+        out, residual_out, _ = reference.add_norm(
             **({"residual": None, "bias": None} | inputs),
             epsilon=self.epsilon,
             dropout_p=self.dropout_p,
@@ -79,7 +78,7 @@ class Case:
             is_rms_norm=self.rms,
             compute_dtype=compute_dtype,
         )
-        return (z, x) if self.prenorm else (z,)
+        return (out, residual_out) if self.prenorm else (out,)
 
 
 def results_and_gradients(
@@ -130,58 +129,3 @@ def assert_same_numbers(results: dict[str, Tensor], expected: dict[str, Tensor])
     for name, value in expected.items():
         rtol = 1e-4 if value.dtype == FP32 else 2**-7
         torch.testing.assert_close(results[name], value, rtol=rtol, atol=1e-4, msg=name)
-
-
-# --- The composed forms ---------------------------------------------------------------------------
-
-
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def leaves_of(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    leaves = {}
-    for name, (shape, dtype) in shapes.items():
-        shift = 1.0 if name.startswith("weight") else 0.25
-        leaves[name] = (torch.randn(shape, device=DEVICE) + shift).to(dtype).requires_grad_()
-    return leaves
-
-
-def _outputs_and_gradients(
-    leaves: dict[str, Tensor], outputs: list[Tensor], seed: int
-) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    grads = [torch.randn(out.shape, device=DEVICE).to(BF16).to(out.dtype) for out in outputs]
-    found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
-    named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
-    return named | {
-        f"d{name}": torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), found)
-    }
-
-
-def hold_against_torch(
-    shapes: Shapes,
-    run: Callable[[dict[str, Tensor]], tuple[list[Tensor], Callable[..., list[Tensor]]]],
-    k: float,
-) -> None:
-    """`run(leaves)` gives our outputs, and a function of leaves and compute_dtype that gives the
-    same outputs in plain torch."""
-
-    def draw(seed: int) -> tolerances.Draw:
-        leaves = leaves_of(shapes, seed)
-        ours, expression = run(leaves)
-        doubles = {n: t.detach().double().requires_grad_() for n, t in leaves.items()}
-        in_torch, exact = expression(leaves, None), expression(doubles, torch.float64)
-        assert len(ours) == len(in_torch) == len(exact)
-        return (
-            _outputs_and_gradients(leaves, ours, seed + 1),
-            _outputs_and_gradients(leaves, in_torch, seed + 1),
-            _outputs_and_gradients(doubles, exact, seed + 1),
-        )
-
-    ours, in_torch, exact = tolerances.pooled(draw)
-    for name, value in ours.items():
-        of_weight = name[1:].rstrip("01") in WEIGHT_GRADS
-        factor = max(tolerances.K_WEIGHT_GRAD, k) if of_weight else k
-        tolerances.assert_as_exact_as_torch(name, value, in_torch[name], exact[name], factor)

@@ -1,6 +1,6 @@
-"""layer_norm with x0 for some rows of x, and z of some: torch's operations and the norm.
+"""The norms with x0 for some rows, and out of some: torch's operations and the fused norm.
 
-A subset is a tensor of row numbers from 1, one for each row of x, with 0 for none.
+A subset is a tensor of row numbers from 1, one for each row of residual_out, with 0 for none.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _layer_norm_calls as calls
 from flashtrain.ops._autograd import Function, once_differentiable
+from flashtrain.ops.layer_norm import all_ones_mask, norm, residual_dtype_of
+from flashtrain.ops.layer_norm.checks import Checks
+from flashtrain.ops.layer_norm.parallel import dropout
 
 
 class TakeRows(Function):
@@ -55,7 +57,7 @@ def can_be_read(numbers: Tensor) -> bool:
 
 
 def check_subset(
-    checks: calls.Checks, name: str, subset: Tensor, count: int | None, limit: int
+    checks: Checks, name: str, subset: Tensor, count: int | None, limit: int
 ) -> Tensor:
     """The numbers of a subset, [R] int64, 1 to limit, or 0. What a device holds is not read."""
     checks.here(name, subset)
@@ -83,7 +85,7 @@ def check_subset(
     return numbers.masked_fill((numbers < 0) | (numbers > limit), 0)
 
 
-def rows_with_z(checks: calls.Checks, x: Tensor, out_subset: Tensor, out_numrows: int) -> Tensor:
+def rows_with_out(checks: Checks, x: Tensor, out_subset: Tensor, out_numrows: int) -> Tensor:
     """The rows of x [R, D] that out_subset numbers, in the order of the numbers."""
     if not 0 <= out_numrows <= x.shape[0]:
         raise ValueError(
@@ -100,26 +102,41 @@ def rows_with_z(checks: calls.Checks, x: Tensor, out_subset: Tensor, out_numrows
     return TakeRows.apply(x, put_rows(places, numbers, out_numrows))
 
 
-def dropout_add_norm_subset(
+def _regrouped(name: str, rows: Tensor, x0: Tensor) -> tuple[int, ...]:
+    """The shape of [rows, D] with the dimensions of x0 but for the first."""
+    inner = x0.shape[1:-1].numel()
+    if inner == 0 or rows.shape[0] % inner != 0:
+        raise ValueError(
+            f"{name}: gives {rows.shape[0]} rows; supported: a multiple of {inner}, so that they "
+            f"can take the shape of x0, {list(x0.shape)}, but for its first dimension"
+        )
+    return (rows.shape[0] // inner, *x0.shape[1:])
+
+
+def add_norm_subset(
     x0: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     dropout_p: float,
-    options: calls.NormOptions,
+    epsilon: float,
     layerscale: Tensor | None,
     x0_subset: Tensor | None,
     out_subset: Tensor | None,
     rowscale_const: float,
     out_numrows: int,
+    prenorm: bool,
     residual_in_fp32: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(z, x, mask) with x [rows, D], z [out_numrows, D], and the bool mask of x0's shape or None.
+    return_dropout_mask: bool,
+    *,
+    is_rms_norm: bool,
+) -> Tensor | tuple[Tensor, ...]:
+    """out, or (out[, residual_out][, mask]).
 
-    torch scales and drops the rows of x0 and adds them to their rows of x; the norm reads the rows
-    that z has, and no others.
+    torch scales and drops the rows of x0 and adds them to their rows of residual_out; the norm
+    reads the rows that out has, and no others.
     """
-    checks = calls.Checks(x0, dropout_p, options)
+    checks = Checks(x0, dropout_p, epsilon)
     if x0.dim() < 2:
         raise ValueError(f"x0: got shape {list(x0.shape)}; supported: [n, ..., D], rows of D")
     checks.columns("", weight, bias=bias, layerscale=layerscale)
@@ -140,14 +157,19 @@ def dropout_add_norm_subset(
         rows = x0_numbers.numel()
     assert rows is not None
 
-    x_dtype = calls.x_dtype_of(x0, residual, residual_in_fp32)
-    x, mask = calls.dropout(x0 if rowscale_const == 1.0 else x0.float() * rowscale_const, dropout_p)
+    residual_dtype = residual_dtype_of(x0, residual, residual_in_fp32)
+    x, mask = dropout(x0 if rowscale_const == 1.0 else x0.float() * rowscale_const, dropout_p)
     if layerscale is not None:
         x = x.float() * layerscale
     x = x.reshape(-1, cols)
     if x0_subset is not None:
         x = TakeRows.apply(x, x0_numbers)
-    x = (x if residual is None else x + residual).to(x_dtype)
-    z_rows = x if out_subset is None else rows_with_z(checks, x, out_subset, out_numrows)
-    z = calls.norm(z_rows, weight, bias, options._replace(z_dtype=options.z_dtype or x0.dtype))
-    return z, x, mask
+    x = (x if residual is None else x + residual).to(residual_dtype)
+    normed = x if out_subset is None else rows_with_out(checks, x, out_subset, out_numrows)
+    out = norm(normed, weight, bias, epsilon, is_rms_norm, False, x0.dtype)
+    results = [out.reshape(_regrouped("out_subset", out, x0))]
+    if prenorm:
+        results.append(x.reshape(_regrouped("x0_subset", x, x0)))
+    if return_dropout_mask:
+        results.append(all_ones_mask(x0) if mask is None else mask.to(torch.uint8))
+    return tuple(results) if len(results) > 1 else results[0]

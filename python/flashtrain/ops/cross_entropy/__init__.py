@@ -20,10 +20,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashtrain.ops._arguments import check_float, check_written, checked
-from flashtrain.ops._cross_entropy_ops import CrossEntropy, Options
+from flashtrain.ops._autograd import Function, may_overwrite_saved, once_differentiable
+from flashtrain.ops.cross_entropy import kernels
+from flashtrain.ops.cross_entropy.kernels import Options
 
 _LABEL_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS = ("mean", "sum", "none")
+
+
+# --- Checks ---------------------------------------------------------------------------------------
 
 
 def check_options(label_smoothing: float, logit_scale: float, lse_square_scale: float) -> None:
@@ -79,6 +84,53 @@ def num_classes_of(vocab_size: int | None, columns: int) -> int:
             f"vocab_size: got {vocab_size}; supported: 1 to {columns}, the number of columns"
         )
     return vocab_size
+
+
+# --- Autograd -------------------------------------------------------------------------------------
+
+
+def _combine(
+    losses: Tensor, lse: Tensor, labels: Tensor, options: Options, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """losses, lse and z_losses over the classes of all processes, from each one's partial ones."""
+    mine = torch.stack([losses, lse])
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    all_losses, all_lse = torch.stack(gathered, 1)
+    lse = torch.logsumexp(all_lse, 0).masked_fill_(labels == options.ignore_index, 0.0)
+    z_losses = options.lse_square_scale * lse.square()
+    return all_losses.sum(0) + lse + z_losses, lse, z_losses
+
+
+class _CrossEntropy(Function):
+    """(losses, z_losses). Saves logits, labels and lse."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, known_lse, options, inplace_backward, process_group):
+        losses, lse, z_losses = kernels.forward(
+            logits, labels, known_lse, *options, process_group is not None
+        )
+        if process_group is not None:
+            losses, lse, z_losses = _combine(losses, lse, labels, options, process_group)
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.mark_non_differentiable(z_losses)
+        ctx.options, ctx.inplace_backward = options, inplace_backward
+        return losses, z_losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlosses, _):
+        logits, labels, lse = ctx.saved_tensors
+        if ctx.inplace_backward and may_overwrite_saved(ctx):
+            kernels.backward_in_place(dlosses, logits, labels, lse, *ctx.options)
+            torch.autograd.graph.increment_version(logits)  # a second backward is refused
+            dlogits = logits
+        else:
+            dlogits = kernels.backward(dlosses, logits, labels, lse, *ctx.options)
+        return dlogits, None, None, None, None, None
+
+
+# --- Public function and module -------------------------------------------------------------------
 
 
 @checked
@@ -150,7 +202,7 @@ def cross_entropy_loss(
         first_class,
         num_classes_of(vocab_size, columns),
     )
-    return CrossEntropy.apply(
+    return _CrossEntropy.apply(
         logits, labels, precomputed_lse, options, inplace_backward, process_group
     )
 

@@ -1,4 +1,4 @@
-"""The torch.library ops of cross_entropy, and the autograd around them.
+"""The torch.library ops of cross_entropy: schema, fake, and the call of the extension.
 
 Tensors are [..., V] and [...]; the extension takes the leading dimensions as rows.
 
@@ -15,11 +15,9 @@ import os
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flashtrain import _kernels
-from flashtrain.ops._autograd import Function, may_overwrite_saved, once_differentiable
 from flashtrain.ops._library import as_rows, eager, launch_context, register, to_kernel
 
 
@@ -196,49 +194,6 @@ cross_entropy_forward_backward_ = register(
 )
 
 
-_forward = eager(cross_entropy_forward, _forward_kernel)
-_backward = eager(cross_entropy_backward, _backward_kernel)
-_backward_in_place = eager(cross_entropy_backward_, _backward_in_place_kernel)
-
-# --- Autograd -------------------------------------------------------------------------------------
-
-
-def _combine(
-    losses: Tensor, lse: Tensor, labels: Tensor, options: Options, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """losses, lse and z_losses over the classes of all processes, from each one's partial ones."""
-    mine = torch.stack([losses, lse])
-    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, mine, group=group)
-    all_losses, all_lse = torch.stack(gathered, 1)
-    lse = torch.logsumexp(all_lse, 0).masked_fill_(labels == options.ignore_index, 0.0)
-    z_losses = options.lse_square_scale * lse.square()
-    return all_losses.sum(0) + lse + z_losses, lse, z_losses
-
-
-class CrossEntropy(Function):
-    """(losses, z_losses). Saves logits, labels and lse."""
-
-    @staticmethod
-    def forward(ctx, logits, labels, known_lse, options, inplace_backward, process_group):
-        losses, lse, z_losses = _forward(
-            logits, labels, known_lse, *options, process_group is not None
-        )
-        if process_group is not None:
-            losses, lse, z_losses = _combine(losses, lse, labels, options, process_group)
-        ctx.save_for_backward(logits, labels, lse)
-        ctx.mark_non_differentiable(z_losses)
-        ctx.options, ctx.inplace_backward = options, inplace_backward
-        return losses, z_losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlosses, _):
-        logits, labels, lse = ctx.saved_tensors
-        if ctx.inplace_backward and may_overwrite_saved(ctx):
-            _backward_in_place(dlosses, logits, labels, lse, *ctx.options)
-            torch.autograd.graph.increment_version(logits)  # a second backward is refused
-            dlogits = logits
-        else:
-            dlogits = _backward(dlosses, logits, labels, lse, *ctx.options)
-        return dlogits, None, None, None, None, None
+forward = eager(cross_entropy_forward, _forward_kernel)
+backward = eager(cross_entropy_backward, _backward_kernel)
+backward_in_place = eager(cross_entropy_backward_, _backward_in_place_kernel)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _linear_cross_entropy_ops as ops
+from flashtrain.ops import linear_cross_entropy as ops
 from flashtrain.ops.cross_entropy import CrossEntropyLoss
-from flashtrain.ops.cross_entropy_cases import (
+from flashtrain.ops.cross_entropy.cases import (
     BF16,
     FP16,
     FP32,

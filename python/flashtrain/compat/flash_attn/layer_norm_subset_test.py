@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtrain.ops import layer_norm
-from flashtrain.ops.layer_norm_cases import BF16, FP16, FP32, hold_against_torch
+from flashtrain.compat.flash_attn.norm_cases import hold_against_torch
+from flashtrain.compat.flash_attn.ops import layer_norm
+from flashtrain.compat.flash_attn.ops import rms_norm as compat_rms_norm
+from flashtrain.ops.layer_norm.cases import BF16, FP16, FP32
 from flashtrain.ops.reference import layer_norm as layer_norm_reference
 from flashtrain.testing import tolerances
 from flashtrain.testing.devices import DEVICE, poisoned_memory
 
 # The options decide what comes back, a tensor or a tuple, which types cannot say.
 ln: Any = layer_norm
+rms_norm: Any = compat_rms_norm
 reference: Any = layer_norm_reference
 
 
@@ -52,12 +55,12 @@ def _subset_by_loop(
         mask = None
         if keep_mask is not None:
             mask = keep_mask[source : source + 1] if source >= 0 else torch.ones_like(one)
-        z, x = reference.dropout_add_layer_norm(
+        z, x, _ = reference.add_norm(
             one,
             None if residual is None else residual[row : row + 1],
             leaves["weight"],
             leaves.get("bias"),
-            1e-5,
+            epsilon=1e-5,
             keep_mask=mask,
             rowscale=torch.full((1,), rowscale_const, device=DEVICE, dtype=x0.dtype),
             layerscale=leaves.get("layerscale"),
@@ -88,7 +91,7 @@ def test_subsets(name: str, dtype, residual, dropout_p: float, rms: bool) -> Non
         shapes["layerscale"] = ((24,), FP32)
     if not rms:
         shapes["bias"] = ((24,), FP32)
-    function = ln.dropout_add_rms_norm_subset if rms else ln.dropout_add_layer_norm_subset
+    function = rms_norm.dropout_add_rms_norm_subset if rms else ln.dropout_add_layer_norm_subset
     options = {"dropout_p": dropout_p, "is_rms_norm": rms}
 
     def run(leaves):
