@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops import fused_dense as fd
-from flashtrain.ops.fused_dense_cases import (
+from flashtrain.ops.fused_dense.cases import (
     BF16,
     FP16,
     FP32,

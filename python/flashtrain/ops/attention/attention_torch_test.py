@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashtrain import _kernels
 from flashtrain.ops import attention as attn
-from flashtrain.ops.attention_cases import (
+from flashtrain.ops.attention.cases import (
     BF16,
     FP32,
     NATIVE,
@@ -91,7 +91,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
 def test_every_instruction_set(isa: str) -> None:
     """In a process of its own, as the instruction set is found once; v4 where the CPU has it."""
     program = (
-        "from flashtrain.ops.attention_cases import *\n"
+        "from flashtrain.ops.attention.cases import *\n"
         "check(Case(2, 90, 110, 4, 2, 40, softcap=5.0, alibi=True, dropout_p=0.2))\n"
         "check(Case(1, 65, 65, dtype=FP32))\n"
     )

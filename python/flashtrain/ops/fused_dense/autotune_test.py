@@ -13,18 +13,15 @@ import pytest
 import torch
 
 from flashtrain import _kernels, files
-from flashtrain.ops import _dense_products as products
-from flashtrain.ops import _matmul_search as search
-from flashtrain.ops._dense_products import Algorithm, Operands, Product, Results
+from flashtrain.ops.fused_dense import autotune, gemm
+from flashtrain.ops.fused_dense.gemm import Algorithm, Operands, Product, Results
 from flashtrain.testing.devices import DEVICE, cuda_only
 
 _ALGORITHM = Algorithm(bytes(range(64)), 4096, False)
 
 
 def _product(rows: int = 256, **changes) -> Product:
-    return Product(products.FORWARD, rows, 64, 128, torch.bfloat16, DEVICE, False)._replace(
-        **changes
-    )
+    return Product(gemm.FORWARD, rows, 64, 128, torch.bfloat16, DEVICE, False)._replace(**changes)
 
 
 def _operands() -> Operands:
@@ -35,18 +32,18 @@ def _operands() -> Operands:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    search.forget()
+    autotune.forget()
     yield
-    search.forget()
+    autotune.forget()
 
 
-def _store(path: pathlib.Path) -> search._Store:
-    return search._Store(path.parent, path.name)
+def _store(path: pathlib.Path) -> autotune._Store:
+    return autotune._Store(path.parent, path.name)
 
 
 @pytest.fixture
 def _accepts_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "accepts", lambda *_: True)
+    monkeypatch.setattr(gemm, "accepts", lambda *_: True)
 
 
 # --- The file -------------------------------------------------------------------------------------
@@ -60,7 +57,7 @@ def test_a_choice_is_found_again(tmp_path, choice) -> None:
     assert store.find(_product(), _operands()) == (False, None)
     assert store.add(_product(), _operands(), choice) == choice
     assert _store(path).find(_product(), _operands()) == (True, choice)
-    for other in (_product(257), _product(bias=True), _product(activation=products.RELU)):
+    for other in (_product(257), _product(bias=True), _product(activation=gemm.RELU)):
         assert _store(path).find(other, _operands()) == (False, None)
     assert [p.name for p in path.parent.iterdir() if p.suffix == ".tmp"] == []
 
@@ -80,9 +77,9 @@ def test_what_another_process_stored_is_taken_over_and_kept(tmp_path) -> None:
 
 def test_an_algorithm_that_the_library_refuses_is_replaced(tmp_path, monkeypatch) -> None:
     path = tmp_path / "card.json"
-    monkeypatch.setattr(products, "accepts", lambda *_: True)
+    monkeypatch.setattr(gemm, "accepts", lambda *_: True)
     _store(path).add(_product(), _operands(), _ALGORITHM)
-    monkeypatch.setattr(products, "accepts", lambda *_: False)
+    monkeypatch.setattr(gemm, "accepts", lambda *_: False)
     store = _store(path)
     assert not store.find(_product(), _operands())[0]
     assert store.add(_product(), _operands(), None) is None
@@ -164,22 +161,22 @@ def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pathlib.Path, "home", no_home)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     with pytest.warns(UserWarning, match="no home folder is known; .* XDG_CACHE_HOME names"):
-        folder = search._cache_dir()
+        folder = autotune._cache_dir()
     assert folder is None
-    store = search._Store(folder, "card.json")
+    store = autotune._Store(folder, "card.json")
     assert store.add(_product(), _operands(), _ALGORITHM) == _ALGORITHM
 
 
 def test_a_relative_cache_folder_is_ignored(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert search._cache_dir() == tmp_path / ".cache" / "flashtrain" / "matmul"
+    assert autotune._cache_dir() == tmp_path / ".cache" / "flashtrain" / "matmul"
 
 
 def test_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHTRAIN_MATMUL_SEARCH", "yes")
     with pytest.raises(ValueError, match=r"FLASHTRAIN_MATMUL_SEARCH=yes; supported: 1 .* or 0"):
-        search._is_enabled()
+        autotune._is_enabled()
 
 
 # --- What is accepted as the same result ----------------------------------------------------------
@@ -189,16 +186,16 @@ def test_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_results_agree_up_to_roundings(dtype: torch.dtype) -> None:
     exact = torch.randn(64, 128, device=DEVICE)
     value = exact.to(dtype)
-    assert search._agree(Results(value), Results(value.clone()))
+    assert autotune._agree(Results(value), Results(value.clone()))
     nudged = (exact * (1 + 2.0**-12)).to(dtype)
-    assert search._agree(Results(nudged), Results(value))
+    assert autotune._agree(Results(nudged), Results(value))
     for wrong in (float("nan"), float("inf"), 3.0 * exact.abs().max().item()):
         other = value.clone()
         other[13, 77] = wrong
-        assert not search._agree(Results(other), Results(value))
-        assert not search._agree(Results(value, other), Results(value, value))
-        assert not search._agree(Results(value, None, other[13]), Results(value, None, value[13]))
-    assert not search._agree(Results(value.flip(0)), Results(value))
+        assert not autotune._agree(Results(other), Results(value))
+        assert not autotune._agree(Results(value, other), Results(value, value))
+        assert not autotune._agree(Results(value, None, other[13]), Results(value, None, value[13]))
+    assert not autotune._agree(Results(value.flip(0)), Results(value))
 
 
 # --- The search -----------------------------------------------------------------------------------
@@ -207,18 +204,18 @@ def test_results_agree_up_to_roundings(dtype: torch.dtype) -> None:
 @cuda_only
 def test_a_choice_is_measured_once_and_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     searches = []
-    measure = search._search
+    measure = autotune._search
 
     def spy(product: Product):
         searches.append(product)
         return measure(product)
 
-    monkeypatch.setattr(search, "_search", spy)
+    monkeypatch.setattr(autotune, "_search", spy)
     product, operands = _product(), _operands()
-    choice = search.choose(product, operands)
-    assert search.choose(product, operands) == choice
-    search.forget()  # as a new process would
-    assert search.choose(product, operands) == choice
+    choice = autotune.choose(product, operands)
+    assert autotune.choose(product, operands) == choice
+    autotune.forget()  # as a new process would
+    assert autotune.choose(product, operands) == choice
     assert searches == [product]
 
 
@@ -228,14 +225,14 @@ def test_the_random_numbers_of_the_user_stay() -> None:
     torch.manual_seed(5)
     expected = torch.randn(4, device=DEVICE)
     torch.manual_seed(5)
-    search.choose(_product(), operands)
+    autotune.choose(_product(), operands)
     assert torch.equal(torch.randn(4, device=DEVICE), expected)
 
 
 @cuda_only
 @pytest.mark.parametrize("fault", ["wrong", "nan", "refused"])
 def test_an_algorithm_with_a_fault_is_dropped(fault: str, monkeypatch) -> None:
-    run = products.run_fused
+    run = gemm.run_fused
 
     def faulty(product: Product, operands: Operands, algorithm: Algorithm) -> Results:
         if fault == "refused":
@@ -244,23 +241,23 @@ def test_an_algorithm_with_a_fault_is_dropped(fault: str, monkeypatch) -> None:
         results.out[3, 5] = float("nan") if fault == "nan" else 100.0
         return results
 
-    monkeypatch.setattr(products, "run_fused", faulty)
+    monkeypatch.setattr(gemm, "run_fused", faulty)
     # Were it not for the faults, the plain path would be too slow to be chosen.
-    plain = products.run_plain
+    plain = gemm.run_plain
 
     def slow(*args):
         torch.cuda._sleep(2_000_000)
         return plain(*args)
 
-    monkeypatch.setattr(products, "run_plain", slow)
-    assert search._search(_product()) is None
-    monkeypatch.setattr(products, "run_fused", run)
-    assert search._search(_product()) is not None
+    monkeypatch.setattr(gemm, "run_plain", slow)
+    assert autotune._search(_product()) is None
+    monkeypatch.setattr(gemm, "run_fused", run)
+    assert autotune._search(_product()) is not None
 
 
 @cuda_only
 def test_an_algorithm_that_loses_nan_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, plain = products.run_fused, products.run_plain
+    run, plain = gemm.run_fused, gemm.run_plain
 
     def loses(*args) -> Results:
         results = run(*args)
@@ -271,40 +268,40 @@ def test_an_algorithm_that_loses_nan_is_dropped(monkeypatch: pytest.MonkeyPatch)
         torch.cuda._sleep(2_000_000)
         return plain(*args)
 
-    monkeypatch.setattr(products, "run_fused", loses)
-    monkeypatch.setattr(products, "run_plain", slow)
-    assert search._search(_product(activation=products.GELU_APPROX)) is None
+    monkeypatch.setattr(gemm, "run_fused", loses)
+    monkeypatch.setattr(gemm, "run_plain", slow)
+    assert autotune._search(_product(activation=gemm.GELU_APPROX)) is None
 
 
 @cuda_only
 def test_a_faster_plain_path_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = products.run_fused
+    run = gemm.run_fused
 
     def slow(*args):
         torch.cuda._sleep(2_000_000)
         return run(*args)
 
-    monkeypatch.setattr(products, "run_fused", slow)
-    assert search._search(_product()) is None
+    monkeypatch.setattr(gemm, "run_fused", slow)
+    assert autotune._search(_product()) is None
 
 
 @cuda_only
 def test_nothing_is_measured_when_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("FLASHTRAIN_MATMUL_SEARCH", "0")
-    monkeypatch.setattr(search, "_search", lambda product: pytest.fail("measured"))
-    first = search.choose(_product(), _operands())
-    assert first == products.algorithms(_product(), _operands(), 1)[0]
+    monkeypatch.setattr(autotune, "_search", lambda product: pytest.fail("measured"))
+    first = autotune.choose(_product(), _operands())
+    assert first == gemm.algorithms(_product(), _operands(), 1)[0]
     assert not list(tmp_path.rglob("*.json"))
 
 
 @cuda_only
 def test_changing_row_counts_end_the_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "_MAX_ROW_COUNTS", 2)
+    monkeypatch.setattr(autotune, "_MAX_ROW_COUNTS", 2)
     searches = []
-    monkeypatch.setattr(search, "_search", lambda product: searches.append(product))
+    monkeypatch.setattr(autotune, "_search", lambda product: searches.append(product))
     for rows in (8, 16, 24, 32):
         left = torch.zeros(rows, 64, device=DEVICE, dtype=torch.bfloat16)
-        search.choose(_product(rows), Operands(left, _operands().right))
+        autotune.choose(_product(rows), Operands(left, _operands().right))
     assert [product.rows for product in searches] == [8, 16]
 
 
@@ -313,8 +310,8 @@ def test_out_of_memory_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch, tm
     def fail(product: Product):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(search, "_search", fail)
-    assert search.choose(_product(), _operands()) is not None
+    monkeypatch.setattr(autotune, "_search", fail)
+    assert autotune.choose(_product(), _operands()) is not None
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -346,7 +343,7 @@ def test_bindings_name_the_argument(changes: dict, message: str) -> None:
         "bias": None,
         "pre_act": None,
         "dbias": None,
-        "activation": products.IDENTITY,
+        "activation": gemm.IDENTITY,
         "allow_tf32": False,
         "max_algorithms": 1,
     }
@@ -355,11 +352,11 @@ def test_bindings_name_the_argument(changes: dict, message: str) -> None:
 
 
 @cuda_only
-@pytest.mark.parametrize("matmul", [products.FORWARD, products.WEIGHT_GRADIENT])
+@pytest.mark.parametrize("matmul", [gemm.FORWARD, gemm.WEIGHT_GRADIENT])
 def test_an_algorithm_of_another_size_is_refused(matmul: int) -> None:
     product, operands = _product(matmul=matmul), _operands()
-    if matmul == products.WEIGHT_GRADIENT:
+    if matmul == gemm.WEIGHT_GRADIENT:
         operands = Operands(operands.left.new_zeros(256, 128), operands.left)
     with pytest.raises(ValueError, match="algorithm: got 3 bytes; supported: 64"):
-        products.run_fused(product, operands, Algorithm(b"abc", 0, False))
-    assert not products.accepts(product, operands, Algorithm(b"abc", 0, False))
+        gemm.run_fused(product, operands, Algorithm(b"abc", 0, False))
+    assert not gemm.accepts(product, operands, Algorithm(b"abc", 0, False))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashtrain.ops import attention as attn
-from flashtrain.ops.attention_cases import (
+from flashtrain.ops.attention.cases import (
     BF16,
     FP16,
     FP32,

@@ -17,8 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from flashtrain.ops import rotary
-from flashtrain.ops import rotary_scaling as scaling
-from flashtrain.ops.rotary import RotaryEmbedding
+from flashtrain.ops.rotary import RotaryEmbedding, scaling
 from flashtrain.testing.devices import DEVICE
 
 BASE = 10000.0

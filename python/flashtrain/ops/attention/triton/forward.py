@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from flashtrain.ops._attention_triton_common import (
+from flashtrain.ops.attention.triton.common import (
     LN_2,
     UNSPECIALIZED,
     keep_mask,

@@ -18,33 +18,33 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _attention_backends as backends
 from flashtrain.ops._arguments import check_float, checked
-from flashtrain.ops._attention_checks import (
+from flashtrain.ops._autograd import needs_autograd
+from flashtrain.ops.attention import dispatch
+from flashtrain.ops.attention.checks import (
     check_heads,
     check_options,
     check_sequences,
     window_limits,
 )
-from flashtrain.ops._attention_ops import Attention
-from flashtrain.ops._attention_peers import PEERS, Call
-from flashtrain.ops._autograd import needs_autograd
+from flashtrain.ops.attention.external import PEERS, Call
+from flashtrain.ops.attention.native import Attention
 
-_MISSING = dict.fromkeys(set(backends.BACKENDS) - backends.installed(), "it is not installed")
-_TIMES = backends.read_times()
+_MISSING = dict.fromkeys(set(dispatch.BACKENDS) - dispatch.installed(), "it is not installed")
+_TIMES = dispatch.read_times()
 
 Output: TypeAlias = Any  # a Tensor; with return_attn_probs (out, lse, probabilities)
 
 # --- The call -------------------------------------------------------------------------------------
 
 
-def _request(q: Tensor, k: Tensor, v: Tensor, call: Call) -> backends.Request:
+def _request(q: Tensor, k: Tensor, v: Tensor, call: Call) -> dispatch.Request:
     capability = 0
     if q.is_cuda:
         properties = torch.cuda.get_device_properties(q.device)
         capability = 10 * properties.major + properties.minor
     compiling = torch.compiler.is_compiling()
-    return backends.Request(
+    return dispatch.Request(
         device=q.device.type,
         capability=capability,
         dtype=q.dtype,
@@ -71,16 +71,16 @@ def _has_no_device(q: Tensor) -> bool:
     return q.is_meta or (q.is_cuda and not torch.cuda.is_initialized())
 
 
-def _choose(request: backends.Request, forced: str | None) -> str:
+def _choose(request: dispatch.Request, forced: str | None) -> str:
     if request.compiling:  # sizes may be symbolic, and tracing costs nothing later
-        return backends.choose_working(request, _MISSING, _TIMES, forced)
+        return dispatch.choose_working(request, _MISSING, _TIMES, forced)
     return _remembered_choice(request, forced)
 
 
 # Sequence lengths that change with every batch do not fill the memory.
 @functools.lru_cache(maxsize=4096)
-def _remembered_choice(request: backends.Request, forced: str | None) -> str:
-    return backends.choose_working(request, _MISSING, _TIMES, forced)
+def _remembered_choice(request: dispatch.Request, forced: str | None) -> str:
+    return dispatch.choose_working(request, _MISSING, _TIMES, forced)
 
 
 @torch.compiler.allow_in_graph  # Dynamo cannot trace storage_offset; what comes after it can
@@ -135,7 +135,7 @@ def _with_probabilities(
             f"backend: {backend!r} does not return attention probabilities; supported with "
             "return_attn_probs: None, 'triton', 'cpu'"
         )
-    from flashtrain.ops._attention_probabilities import signed_probabilities
+    from flashtrain.ops.attention.probabilities import signed_probabilities
 
     if not _has_no_device(q):
         _choose(_request(q, k, v, call), backend or ("triton" if q.is_cuda else "cpu"))
@@ -224,7 +224,7 @@ def flash_attn_func(
       deterministic: only backends whose gradients are bitwise reproducible. So does
         torch.use_deterministic_algorithms.
       return_attn_probs: also return what is described below, for tests and debugging.
-      backend: one of `_attention_backends.BACKENDS` instead of the fastest.
+      backend: one of `dispatch.BACKENDS` instead of the fastest.
 
     Returns out [B, Sq, H, D] in q's dtype; 0 for a query that sees no key. With return_attn_probs
     (out, lse, probabilities): lse float32 [B, H, Sq], the log-sum-exp of the scores, without

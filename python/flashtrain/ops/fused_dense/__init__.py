@@ -10,7 +10,7 @@ Dtypes: x float32, float16 or bfloat16; weights and biases x's. Under `torch.aut
 to its dtype first, as for `torch.nn.functional.linear`.
 
 On CUDA each product runs as cuBLASLt's with a fused epilogue or as torch's with a pass of ours,
-whichever was faster when it was measured on the user's card (see `_matmul_search.py`).
+whichever was faster when it was measured on the user's card (see `autotune.py`).
 
 I, H and O are the sizes of the input, of the hidden layer and of the output; the leading dimensions
 count as rows.
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashtrain.ops import _dense_products as products
 from flashtrain.ops._arguments import check_float, checked
 from flashtrain.ops._autograd import needs_autograd
-from flashtrain.ops._fused_dense_ops import (
+from flashtrain.ops.fused_dense import gemm
+from flashtrain.ops.fused_dense.kernels import (
     KEEP_ALL,
     KEEP_NOTHING,
     KEEP_PRE_ACT,
@@ -36,9 +36,9 @@ from flashtrain.ops._fused_dense_ops import (
 )
 
 ACTIVATIONS = {
-    "gelu_approx": products.GELU_APPROX,
-    "relu": products.RELU,
-    "sqrelu": products.SQUARED_RELU,
+    "gelu_approx": gemm.GELU_APPROX,
+    "relu": gemm.RELU,
+    "sqrelu": gemm.SQUARED_RELU,
 }
 
 
@@ -111,7 +111,7 @@ def fused_dense_func(
     x, weight, bias = _autocast(x, weight, bias)
     _check_layer(x, x.shape[-1], weight, bias, "")
     if not needs_autograd(x, weight, bias):
-        out, _ = fused_dense_forward(x, weight, bias, products.IDENTITY, False, True)
+        out, _ = fused_dense_forward(x, weight, bias, gemm.IDENTITY, False, True)
         return (out, original) if return_residual else out
     # A residual that autocast would round stays as it is.
     fold = return_residual and x is original
@@ -174,7 +174,7 @@ def fused_mlp_func(
     fuse, kind = heuristic != -1, ACTIVATIONS[activation]
     if not needs_autograd(x, weight1, weight2, bias1, bias2):
         act, _ = fused_dense_forward(x, weight1, bias1, kind, False, fuse)
-        out, _ = fused_dense_forward(act, weight2, bias2, products.IDENTITY, False, fuse)
+        out, _ = fused_dense_forward(act, weight2, bias2, gemm.IDENTITY, False, fuse)
         return (out, original) if return_residual else out
     keep = checkpoint_lvl if save_pre_act else KEEP_NOTHING
     fold = return_residual and x is original

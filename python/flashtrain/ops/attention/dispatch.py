@@ -9,7 +9,7 @@
     cpu           our C++ kernels: every feature, every head dim
 
 `choose` is a pure function of a `Request`, of what is installed and of measured times
-(attention_times.json, which experiments/benchmarks/bench_attention.py writes).
+(times.json, which experiments/benchmarks/bench_attention.py writes).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BACKENDS = (
 _ORDER_HOPPER = BACKENDS
 _ORDER_BEFORE = ("flash_attn_2", "torch_flash", "cudnn", "triton", "flash_attn_4", "cpu")
 
-TIMES_FILE = pathlib.Path(__file__).parent / "attention_times.json"
+TIMES_FILE = pathlib.Path(__file__).parent / "times.json"
 
 
 class Request(NamedTuple):
@@ -82,7 +82,7 @@ class Request(NamedTuple):
 # What shows that a package is there, and the module that is used. flash-attn-4 may be there without
 # flash-attn 2, in the same folder.
 _PACKAGES = {
-    "triton": ("triton", "flashtrain.ops._attention_triton"),
+    "triton": ("triton", "flashtrain.ops.attention.triton"),
     "flash_attn_2": ("flash_attn_2_cuda", "flash_attn"),
     "flash_attn_3": ("flash_attn_interface", "flash_attn_interface"),
     "flash_attn_4": ("flash_attn.cute", "flash_attn.cute"),
@@ -225,7 +225,7 @@ def why_not(backend: str, request: Request) -> str | None:
 
 
 def read_times() -> list[dict[str, Any]]:
-    """The rows of attention_times.json: one for each measured case.
+    """The rows of times.json: one for each measured case.
 
     capability, head_dim, seqlen, dropout: the case, causal, bfloat16;
     forward, forward_backward: milliseconds of device time by backend.

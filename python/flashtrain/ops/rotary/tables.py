@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashtrain.ops._arguments import checked
-from flashtrain.ops.rotary_scaling import RotaryScaling
+from flashtrain.ops.rotary.scaling import RotaryScaling
 
 # XPos scales position t by decay**((t - origin) / scale_base). Only differences of positions count
 # in the products of queries and keys, so any origin will do; this one is the middle of the 2,048

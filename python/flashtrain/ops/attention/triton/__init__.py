@@ -9,16 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
-from flashtrain.ops._attention_triton_backward import (
+from flashtrain.ops.attention.triton.backward import (
     attention_backward_dkv_kernel,
     attention_backward_dq_kernel,
 )
-from flashtrain.ops._attention_triton_forward import attention_forward_kernel
+from flashtrain.ops.attention.triton.forward import attention_forward_kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """The options of a call, without its tensors; see _attention_ops.py."""
+    """The options of a call, without its tensors; see native.py."""
 
     varlen: bool
     batch: int

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from flashtrain import _kernels, files
-from flashtrain.ops import _dense_products as products
-from flashtrain.ops._dense_products import Algorithm, Operands, Product, Results
+from flashtrain.ops.fused_dense import gemm
+from flashtrain.ops.fused_dense.gemm import Algorithm, Operands, Product, Results
 
 _CANDIDATES = 16
 _FINALISTS = 4  # candidates that are timed again, with the plain path
@@ -78,9 +78,9 @@ def forget() -> None:
 
 
 def _first(product: Product, operands: Operands) -> Algorithm | None:
-    if product.activation == products.RELU:
+    if product.activation == gemm.RELU:
         return None  # only measuring shows whether it keeps NaN
-    return next(iter(products.algorithms(product, operands, 1)), None)
+    return next(iter(gemm.algorithms(product, operands, 1)), None)
 
 
 def _search_or_first(product: Product, operands: Operands, store: _Store) -> Algorithm | None:
@@ -109,10 +109,10 @@ def _is_enabled() -> bool:
 
 
 def _search(product: Product) -> Algorithm | None:
-    operands = products.sample(product)
-    expected = products.run_plain(product, operands)
+    operands = gemm.sample(product)
+    expected = gemm.run_plain(product, operands)
     timed = []
-    for algorithm in products.algorithms(product, operands, _CANDIDATES):
+    for algorithm in gemm.algorithms(product, operands, _CANDIDATES):
         with contextlib.suppress(RuntimeError):  # what the library offers it may yet refuse
             timed.append((_milliseconds(product, operands, algorithm), algorithm))
     timed.sort(key=lambda entry: entry[0])
@@ -125,7 +125,7 @@ def _search(product: Product) -> Algorithm | None:
         for choice in sorted(contenders, key=times.__getitem__)
         if choice is None
         or (
-            _agree(products.run_fused(product, operands, choice), expected)
+            _agree(gemm.run_fused(product, operands, choice), expected)
             and _keeps_nan(product, operands, choice)
         )
     )
@@ -136,9 +136,9 @@ def _milliseconds(product: Product, operands: Operands, algorithm: Algorithm | N
 
     def run() -> None:
         if algorithm is None:
-            products.run_plain(product, operands)
+            gemm.run_plain(product, operands)
         else:
-            products.run_fused(product, operands, algorithm)
+            gemm.run_fused(product, operands, algorithm)
 
     calls = 4
     run()
@@ -154,11 +154,11 @@ def _milliseconds(product: Product, operands: Operands, algorithm: Algorithm | N
 
 def _keeps_nan(product: Product, operands: Operands, algorithm: Algorithm) -> bool:
     """Whether NaN in a row makes a row of NaN: an activation might turn it into 0."""
-    if product.activation == products.IDENTITY:
+    if product.activation == gemm.IDENTITY:
         return True
     left = operands.left.clone()
     left[0] = torch.nan
-    out = products.run_fused(product, operands._replace(left=left), algorithm).out
+    out = gemm.run_fused(product, operands._replace(left=left), algorithm).out
     return bool(out[0].isnan().all())
 
 
@@ -267,7 +267,7 @@ class _Store:
             algorithm = Algorithm(bytes.fromhex(data), int(workspace_bytes), bool(sums))
         except (TypeError, ValueError, OverflowError):
             return False, None
-        return products.accepts(product, operands, algorithm), algorithm
+        return gemm.accepts(product, operands, algorithm), algorithm
 
     def _read(self) -> dict:
         if self._path is None:

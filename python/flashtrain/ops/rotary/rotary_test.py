@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashtrain.ops import rotary
 from flashtrain.ops.reference import rotary as reference
-from flashtrain.ops.rotary_cases import (
+from flashtrain.ops.rotary.cases import (
     BF16,
     FP16,
     FP32,

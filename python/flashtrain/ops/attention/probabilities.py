@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from flashtrain.ops._attention_peers import Call
+from flashtrain.ops.attention.external import Call
 from flashtrain.ops.reference.attention import attention_keep_mask, attention_scores
 
 

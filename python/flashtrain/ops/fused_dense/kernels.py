@@ -16,10 +16,10 @@ import math
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _dense_products as products
-from flashtrain.ops import _matmul_search
 from flashtrain.ops._autograd import Function, once_differentiable
-from flashtrain.ops._dense_products import (
+from flashtrain.ops._library import register
+from flashtrain.ops.fused_dense import autotune, gemm
+from flashtrain.ops.fused_dense.gemm import (
     FORWARD,
     IDENTITY,
     INPUT_GRADIENT,
@@ -29,7 +29,6 @@ from flashtrain.ops._dense_products import (
     Product,
     Results,
 )
-from flashtrain.ops._library import register
 
 # --- Kernels and fakes ----------------------------------------------------------------------------
 
@@ -52,11 +51,11 @@ def _compute(product: Product, operands: Operands, fuse: bool) -> Results:
     if torch.is_autocast_enabled(product.device.type):  # a backward pass inside of autocast
         with torch.autocast(product.device.type, enabled=False):
             return _compute(product, operands, fuse)
-    if fuse and products.fits_library(product, operands):
-        algorithm = _matmul_search.choose(product, operands)
+    if fuse and gemm.fits_library(product, operands):
+        algorithm = autotune.choose(product, operands)
         if algorithm is not None:
-            return products.run_fused(product, operands, algorithm)
-    return products.run_plain(product, operands)
+            return gemm.run_fused(product, operands, algorithm)
+    return gemm.run_plain(product, operands)
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ def _forward_kernel(
         weight.shape[0],
         x.dtype,
         x.device,
-        products.allows_tf32(x.dtype),
+        gemm.allows_tf32(x.dtype),
         activation,
         bias=bias is not None,
         pre_act=save_pre_act,
@@ -117,7 +116,7 @@ def _input_gradient_kernel(
         weight.shape[0],
         dout.dtype,
         dout.device,
-        products.allows_tf32(dout.dtype),
+        gemm.allows_tf32(dout.dtype),
         activation,
         dbias=need_bias,
     )
@@ -138,7 +137,7 @@ def _weight_gradient_kernel(
     need_weight, need_bias = output_mask
     rows, x_rows = _rows(dout), _rows(x)
     if not need_weight:
-        dbias = products.activate_backward_(rows, None, IDENTITY, need_bias)
+        dbias = gemm.activate_backward_(rows, None, IDENTITY, need_bias)
         return _nothing(dout), _nothing(dout) if dbias is None else dbias
     product = Product(
         WEIGHT_GRADIENT,
@@ -147,7 +146,7 @@ def _weight_gradient_kernel(
         rows.shape[1],
         dout.dtype,
         dout.device,
-        products.allows_tf32(dout.dtype),
+        gemm.allows_tf32(dout.dtype),
         dbias=need_bias,
     )
     results = _compute(product, Operands(rows, x_rows), fuse)
@@ -161,7 +160,7 @@ def _weight_gradient_fake(dout, x, output_mask, fuse):
 
 
 def _activation_kernel(pre_act: Tensor, activation: int) -> Tensor:
-    return products.activate(pre_act.contiguous(), None, activation, None)
+    return gemm.activate(pre_act.contiguous(), None, activation, None)
 
 
 def _activation_fake(pre_act, activation):

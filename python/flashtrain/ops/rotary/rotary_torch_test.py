@@ -9,7 +9,7 @@ from torch import Tensor
 from flashtrain import _kernels
 from flashtrain.ops import rotary
 from flashtrain.ops.reference import rotary as reference
-from flashtrain.ops.rotary_cases import BF16, FP16, FP32, Case, positions_of
+from flashtrain.ops.rotary.cases import BF16, FP16, FP32, Case, positions_of
 from flashtrain.testing.devices import DEVICE, cuda_only, poisoned_memory, two_gpus_only
 
 # Inductor needs a C++ compiler for CPU code, and half a minute.

@@ -1,7 +1,7 @@
 """Attention of other libraries behind one signature: cuDNN and FlashAttention of torch, flash_attn.
 
 Each takes q, k, v as flashtrain.ops.attention does and a `Call`, and returns out; autograd is the
-library's own. What each supports is in _attention_backends.py, and must be checked before.
+library's own. What each supports is in dispatch.py, and must be checked before.
 """
 
 from __future__ import annotations

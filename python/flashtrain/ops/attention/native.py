@@ -41,11 +41,11 @@ def _forward_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _triton_options(q: Tensor, cu_seqlens_q: Tensor | None, *options: Any) -> Any:
-    from flashtrain.ops import _attention_triton  # only where there is CUDA
+    from flashtrain.ops.attention import triton  # only where there is CUDA
 
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     varlen = cu_seqlens_q is not None
-    return _attention_triton, _attention_triton.AttentionOptions(varlen, batch, *options)
+    return triton, triton.AttentionOptions(varlen, batch, *options)
 
 
 def _forward_kernel(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _fused_dense_ops, _matmul_search
 from flashtrain.ops import fused_dense as fd
+from flashtrain.ops.fused_dense import autotune, kernels
 from flashtrain.ops.reference import fused_dense as reference
 from flashtrain.testing import tolerances
 from flashtrain.testing.devices import DEVICE
@@ -26,10 +26,10 @@ PATHS = ("plain", "fused") if DEVICE.type == "cuda" else ("plain",)
 @contextlib.contextmanager
 def forced(path: str) -> Iterator[None]:
     """Takes `path` wherever it can compute the product."""
-    choose = _matmul_search._first if path == "fused" else lambda product, operands: None
+    choose = autotune._first if path == "fused" else lambda product, operands: None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_matmul_search, "choose", choose)
-        assert _fused_dense_ops._matmul_search is _matmul_search
+        patch.setattr(autotune, "choose", choose)
+        assert kernels.autotune is autotune
         yield
 
 

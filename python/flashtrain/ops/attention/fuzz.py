@@ -22,6 +22,8 @@ class _Reference:
     def one(self, a: dict, q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None) -> Tensor:
         options = ("softmax_scale", "causal", "window_size", "softcap")
         given = {n: a[n] for n in options} | {"window_size": tuple(a["window_size"])}
+        if a["softmax_scale"] is not None:  # an array is a number to the op, and not to torch
+            given["softmax_scale"] = float(a["softmax_scale"])
         out, _ = reference_attention(
             q, k, v, **given, alibi_slopes=alibi, compute_dtype=torch.float64
         )

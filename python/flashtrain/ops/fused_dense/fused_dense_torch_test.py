@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashtrain.ops import _fused_dense_ops as ops
-from flashtrain.ops import _matmul_search
 from flashtrain.ops import fused_dense as fd
-from flashtrain.ops.fused_dense_cases import (
+from flashtrain.ops.fused_dense import autotune, kernels
+from flashtrain.ops.fused_dense.cases import (
     BF16,
     FP16,
     FP32,
@@ -92,13 +91,13 @@ def test_every_set_of_frozen_inputs_of_a_dense_layer(path: str) -> None:
 def test_gradients_nobody_needs_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("fused_dense_weight_gradient", "fused_dense_input_gradient"):
-        function = getattr(ops, name)
+        function = getattr(kernels, name)
 
         def spy(*args, name=name, function=function):
             calls.append((name, args[2] if "weight" in name else args[5]))
             return function(*args)
 
-        monkeypatch.setattr(ops, name, spy)
+        monkeypatch.setattr(kernels, name, spy)
     case = Case((4,))
     inputs = {n: t.detach().requires_grad_(n == "bias2") for n, t in case.inputs().items()}
     case.ours(inputs)[0].sum().backward()
@@ -262,7 +261,7 @@ def test_cuda_graph_capture(known: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.cuda.stream(stream), contextlib.nullcontext() if known else forced("fused"):
         step()  # warm-up, outside the capture
     torch.cuda.current_stream().wait_stream(stream)
-    monkeypatch.setattr(_matmul_search, "_search", lambda product: pytest.fail("measured"))
+    monkeypatch.setattr(autotune, "_search", lambda product: pytest.fail("measured"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops._arguments import checked
-from flashtrain.ops._rotary_checks import check_in_place, check_positions, check_table, check_x
-from flashtrain.ops._rotary_ops import Rotary
-from flashtrain.ops._rotary_tables import RotaryTables, Tables
+from flashtrain.ops.rotary.checks import check_in_place, check_positions, check_table, check_x
+from flashtrain.ops.rotary.kernels import Rotary
+from flashtrain.ops.rotary.tables import RotaryTables, Tables
 
 
 def _rotate(
@@ -189,7 +189,7 @@ class RotaryEmbedding(RotaryTables):
       scale_base: XPos (Sun et al. 2022, arXiv:2212.10554), which the paper uses with 512: queries
         are scaled down and keys up as positions grow. None: off.
       device: where tables are made at first; they follow the queries.
-      scaling: context extension, from flashtrain.ops.rotary_scaling; None: off.
+      scaling: context extension, from flashtrain.ops.rotary.scaling; None: off.
 
     Tables that a compiled graph, a capture or a mode such as FakeTensorMode makes serve that call
     alone. Those that are kept stay for as long as the module does, as CUDA graphs may read them.

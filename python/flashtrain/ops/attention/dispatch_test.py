@@ -13,20 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashtrain.ops import _attention_backends as backends
-from flashtrain.ops import _attention_peers as peers
 from flashtrain.ops import attention as attn
-from flashtrain.ops.attention_cases import BF16, FP16, FP32, Case, check, results_and_gradients
+from flashtrain.ops.attention import dispatch, external
+from flashtrain.ops.attention.cases import BF16, FP16, FP32, Case, check, results_and_gradients
 from flashtrain.ops.reference import attention as reference
 from flashtrain.testing.devices import DEVICE, cuda_only
 
-GPU_BACKENDS = [name for name in backends.BACKENDS if name != "cpu"]
+GPU_BACKENDS = [name for name in dispatch.BACKENDS if name != "cpu"]
 WITH_TORCH = frozenset({"cudnn", "torch_flash", "triton", "cpu"})
 
 
-def request(**changes) -> backends.Request:
+def request(**changes) -> dispatch.Request:
     """A training step of GPT-2 on an H100."""
-    plain = backends.Request(
+    plain = dispatch.Request(
         device="cuda", capability=90, dtype=BF16, head_dim=64, seqlen_q=1024, seqlen_k=1024,
         empty=False, varlen=False, window_left=-1, window_right=0, softcap=False, alibi=False,
         dropout=False, deterministic=False, needs_grad=True, compiling=False,
@@ -35,9 +34,9 @@ def request(**changes) -> backends.Request:
 
 
 def choose(available=WITH_TORCH, forced=None, times=None, **changes) -> str:
-    times = backends.read_times() if times is None else times
-    missing = dict.fromkeys(set(backends.BACKENDS) - set(available), "it is not installed")
-    return backends.choose(request(**changes), missing, times, forced)
+    times = dispatch.read_times() if times is None else times
+    missing = dict.fromkeys(set(dispatch.BACKENDS) - set(available), "it is not installed")
+    return dispatch.choose(request(**changes), missing, times, forced)
 
 
 # --- The rules ------------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def test_cpu() -> None:
 
 
 def test_packages_where_they_are_installed() -> None:
-    everything = frozenset(backends.BACKENDS)
+    everything = frozenset(dispatch.BACKENDS)
     assert choose(everything, softcap=True, times=[]) == "flash_attn_3"
     assert choose(everything, alibi=True, times=[]) == "flash_attn_2"
     assert choose({"flash_attn_4", "triton"}, times=[]) == "flash_attn_4"
@@ -116,7 +115,7 @@ def test_no_backend() -> None:
 
 
 def test_times_are_well_formed() -> None:
-    rows = backends.read_times()
+    rows = dispatch.read_times()
     assert rows
     keys = [(r["capability"], r["head_dim"], r["seqlen"], r["dropout"]) for r in rows]
     assert len(set(keys)) == len(keys)
@@ -130,7 +129,7 @@ def test_times_are_well_formed() -> None:
 
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "forward_backward"])
 def test_the_measured_best_is_chosen(needs_grad: bool) -> None:
-    for row in backends.read_times():
+    for row in dispatch.read_times():
         measured = row["forward_backward" if needs_grad else "forward"]
         chosen = choose(
             frozenset(measured), capability=row["capability"], head_dim=row["head_dim"],
@@ -182,7 +181,7 @@ def test_the_nearest_measured_case_decides() -> None:
 )
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_every_backend_here(backend: str, case: Case) -> None:
-    if backend not in backends.installed():
+    if backend not in dispatch.installed():
         pytest.skip(f"{backend} is not installed")
     case = dataclasses.replace(case, backend=backend)
     try:
@@ -204,7 +203,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_every_backend_takes_any_strides(backend: str, layout: str) -> None:
-    if backend not in backends.installed():
+    if backend not in dispatch.installed():
         pytest.skip(f"{backend} is not installed")
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 150, 4, 64, device=DEVICE, dtype=BF16)
@@ -306,11 +305,11 @@ def test_calls_of_the_packages(name: str, window, monkeypatch: pytest.MonkeyPatc
     q, k, v = torch.randn(3, 2, 20, 4, 16)
     slopes = torch.rand(4) if name == "flash_attn_2" else None
     left, right = window
-    call = peers.Call(None, None, 20, 20, 0.3, left, right, 4.0, slopes, 0.0, True)
+    call = external.Call(None, None, 20, 20, 0.3, left, right, 4.0, slopes, 0.0, True)
     expected, _ = reference.attention(
         q, k, v, softmax_scale=0.3, window_size=window, softcap=4.0, alibi_slopes=slopes
     )
-    torch.testing.assert_close(peers.PEERS[name](q, k, v, call), expected)
+    torch.testing.assert_close(external.PEERS[name](q, k, v, call), expected)
 
 
 def test_the_front_uses_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +319,7 @@ def test_the_front_uses_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(request)
         return "torch_flash"
 
-    monkeypatch.setattr(backends, "choose", chosen)
+    monkeypatch.setattr(dispatch, "choose", chosen)
     attn._remembered_choice.cache_clear()
     monkeypatch.setitem(attn.PEERS, "torch_flash", lambda q, k, v, call: (q, call))
     q, k, v = torch.zeros(3, 2, 20, 4, 16, device=DEVICE)
@@ -361,32 +360,32 @@ def broken(
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("flash_attn", "flash_attn.cute", "flash_attn_2_cuda", "flash_attn_interface"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    backends._import_fault.cache_clear()
+    dispatch._import_fault.cache_clear()
     yield message
-    backends._import_fault.cache_clear()
+    dispatch._import_fault.cache_clear()
     for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("broken", BROKEN.items(), indirect=True, ids=BROKEN.values())
 def test_a_package_that_does_not_import(broken: str) -> None:
-    here = backends.installed()
+    here = dispatch.installed()
     assert here >= {"flash_attn_2", "flash_attn_3", "flash_attn_4"}
     assert not {"flash_attn", "flash_attn_2_cuda", "flash_attn_interface"} & set(sys.modules)
     missing = dict.fromkeys(
-        set(backends.BACKENDS) - here - WITH_TORCH | {"triton"}, "it is not installed"
+        set(dispatch.BACKENDS) - here - WITH_TORCH | {"triton"}, "it is not installed"
     )
     times: list[dict] = []
     for changes, expected in (({}, "cudnn"), ({"varlen": True}, "torch_flash")):
         call = request(**changes)
-        assert backends.choose_working(call, missing, times, None) == expected
+        assert dispatch.choose_working(call, missing, times, None) == expected
     with pytest.raises(ValueError, match="backend: 'flash_attn_2' cannot take this call") as error:
-        backends.choose_working(request(), missing, times, "flash_attn_2")
+        dispatch.choose_working(request(), missing, times, "flash_attn_2")
     assert broken in str(error.value)
     assert "\n" not in str(error.value)
     assert "those that can: " in str(error.value)
     with pytest.raises(ValueError, match="no backend can take this call") as listed:
-        backends.choose_working(request(softcap=True, alibi=True), missing, times, None)
+        dispatch.choose_working(request(softcap=True, alibi=True), missing, times, None)
     assert broken in str(listed.value)
 
 
@@ -396,9 +395,9 @@ def test_a_working_package_is_taken(tmp_path, monkeypatch: pytest.MonkeyPatch) -
         f"def flash_attn_func({arguments}): pass\ndef flash_attn_varlen_func({arguments}): pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    backends._import_fault.cache_clear()
-    assert "flash_attn_3" in backends.installed()
-    missing = dict.fromkeys(set(backends.BACKENDS) - {"flash_attn_3", "cudnn"}, "no")
-    assert backends.choose_working(request(varlen=True), missing, [], None) == "flash_attn_3"
-    backends._import_fault.cache_clear()
+    dispatch._import_fault.cache_clear()
+    assert "flash_attn_3" in dispatch.installed()
+    missing = dict.fromkeys(set(dispatch.BACKENDS) - {"flash_attn_3", "cudnn"}, "no")
+    assert dispatch.choose_working(request(varlen=True), missing, [], None) == "flash_attn_3"
+    dispatch._import_fault.cache_clear()
     sys.modules.pop("flash_attn_interface", None)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops import rotary
-from flashtrain.ops._rotary_tables import make_tables
 from flashtrain.ops.reference.rotary import apply_rotary_emb as reference_rotary
-from flashtrain.ops.rotary_scaling import RotaryScaling
+from flashtrain.ops.rotary.scaling import RotaryScaling
+from flashtrain.ops.rotary.tables import make_tables
 from flashtrain.testing.devices import DEVICE
 from flashtrain.testing.fuzz import FLOATS, Call, Expected, spoiled, tensor, upper_bound
 

@@ -11,7 +11,7 @@ costs 7 matrix products where atomics on dq would need 5.
 import triton
 import triton.language as tl
 
-from flashtrain.ops._attention_triton_common import (
+from flashtrain.ops.attention.triton.common import (
     LOG2_E,
     UNSPECIALIZED,
     keep_mask,
