@@ -183,6 +183,30 @@ def test_non_finite_values(name: str, bad: float) -> None:
         torch.testing.assert_close(value[finite], expected[key][finite], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, (-1, -1)), (True, (-1, -1)), (True, (3, 0)), (False, (2, 1))]
+)
+def test_the_plain_path_follows_the_definition(
+    causal: bool, window: tuple[int, int], alibi: bool
+) -> None:
+    """The functions of the reference with our signatures: models with every fusion off use them."""
+    case = Case(
+        1, 5, 9, 4, 2, 16, ((5, 9), (0, 0), (3, 3), (4, 12)), FP32, causal=causal, window=window
+    )
+    slopes = torch.tensor([0.5, 0.2, 0.1, 0.05], device=DEVICE) if alibi else None
+    q, k, v = case.inputs().values()
+    cu_q, cu_k = case.cu_seqlens()
+    options = {"causal": causal, "window_size": window, "alibi_slopes": slopes}
+    out = reference.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 12, **options)
+    for i, j in itertools.pairwise(range(5)):
+        rows, keys = slice(cu_q[i], cu_q[j]), slice(cu_k[i], cu_k[j])
+        one = q[None, rows], k[None, keys], v[None, keys]
+        expected, _ = reference.attention(*one, **options)
+        torch.testing.assert_close(out[None, rows], expected)
+        torch.testing.assert_close(reference.flash_attn_func(*one, **options), expected)
+
+
 # --- Layouts --------------------------------------------------------------------------------------
 
 

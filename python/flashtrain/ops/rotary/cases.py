@@ -65,9 +65,15 @@ def expect(
     grad = torch.randn_like(output)
     double = x.detach().double().requires_grad_()
     exact = reference.apply_rotary_emb(
-        double, *tables, positions, interleaved=interleaved, compute_dtype=torch.float64
+        double,
+        *tables,
+        position_ids=positions,
+        interleaved=interleaved,
+        compute_dtype=torch.float64,
     )
-    in_torch = reference.apply_rotary_emb(x, *tables, positions, interleaved=interleaved)
+    in_torch = reference.apply_rotary_emb(
+        x, *tables, position_ids=positions, interleaved=interleaved
+    )
     tolerances.assert_as_exact_as_torch(
         name, output.detach(), in_torch.detach(), exact.detach(), tolerances.K_OUTPUT
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.ops import rotary
-from flashtrain.ops.reference.rotary import apply_rotary_emb as reference_rotary
+from flashtrain.ops.reference import rotary as reference
 from flashtrain.ops.rotary.scaling import RotaryScaling
 from flashtrain.ops.rotary.tables import make_tables
 from flashtrain.testing.devices import DEVICE
@@ -21,41 +20,26 @@ class _UnreadError(Exception):
     """Numbers in tensors that only a CPU looks at: on a GPU they may give any angle, or NaN."""
 
 
-def _positions(a: dict[str, Any], x: Tensor) -> Tensor:
-    """Of every token of x [B, S, ...] or, with cu_seqlens, [T, ...]; -1: not rotated."""
-    offsets, position_ids, cu_seqlens = (
-        a.get(name) for name in ("seqlen_offsets", "position_ids", "cu_seqlens")
+def _check_positions(a: dict[str, Any], x: Tensor) -> Tensor:
+    """Of every token of x, those of `token_positions`; _UnreadError: it cannot be told."""
+    if (cu_seqlens := a.get("cu_seqlens")) is not None:
+        bounds = cu_seqlens.tolist()
+        if bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] > x.shape[0]:
+            raise _UnreadError("cu_seqlens")
+    offsets = a.get("seqlen_offsets")
+    positions = reference.token_positions(
+        x, 0 if offsets is None else offsets, cu_seqlens, a.get("position_ids")
     )
-    if position_ids is not None:
-        return position_ids.expand(x.shape[:2]).long()
-    if offsets is None:
-        offsets = 0
-    if cu_seqlens is None:
-        offsets = offsets.reshape(-1, 1).long() if isinstance(offsets, Tensor) else offsets
-        return (torch.arange(x.shape[1], device=x.device) + offsets).expand(x.shape[:2])
-    positions = torch.full(x.shape[:1], -1, device=x.device)
-    bounds = cu_seqlens.tolist()
-    if bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] > x.shape[0]:
-        raise _UnreadError("cu_seqlens")
-    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        first = int(offsets[i]) if isinstance(offsets, Tensor) else offsets
-        positions[begin:end] = torch.arange(end - begin, device=x.device) + first
+    if cu_seqlens is None and a.get("position_ids") is not None:
+        positions.expand(x.shape[:2])
     return positions
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, a: dict[str, Any]) -> Tensor:
-    """x [..., H, D] in float64."""
-    positions = _positions(a, x)
-    assert cos.shape == sin.shape
-    if positions.numel() and not -1 <= positions.min() <= positions.max() < cos.shape[0]:
-        raise _UnreadError("positions")
-    if cos.shape[0] == 0 or positions.numel() == 0:
-        return x.double()
-    turned = reference_rotary(
-        x, cos, sin, positions.clamp_min(0), interleaved=a.get("interleaved", False),
-        compute_dtype=torch.float64,
-    )  # fmt: skip
-    return turned.where((positions >= 0)[..., None, None], x.double())
+_REFERENCES = {
+    "x": reference.apply_rotary_emb,
+    "qkv": reference.apply_rotary_emb_qkv_,
+    "kv": reference.apply_rotary_emb_kv_,
+}
 
 
 class _Reference:
@@ -76,25 +60,18 @@ class _Reference:
             return [Expected(x.to("meta"), dtype)]
 
     def _expected(self, a: dict[str, Any], x: Tensor) -> Tensor:
-        cos, sin = a["cos"], a["sin"]
-        if self.name == "x":
-            return _rotated(x, cos, sin, a)
-        tokens = 2 if a["cu_seqlens"] is None else 1
-        out = x.double().clone()
-        if self.name == "kv":
-            out.select(tokens, 0).copy_(_rotated(x.select(tokens, 0), cos, sin, a))
-            return out
-        cos_k, sin_k = (cos, sin) if a["cos_k"] is None else (a["cos_k"], a["sin_k"])
-        if x.dim() == tokens + 3:
-            q, k = x.select(tokens, 0), x.select(tokens, 1)
-            out_q, out_k = out.select(tokens, 0), out.select(tokens, 1)
-        else:
-            heads = (a["num_heads_q"], (x.shape[-2] - a["num_heads_q"]) // 2)
-            q, k = x.split([*heads, heads[1]], -2)[:2]
-            out_q, out_k = out.split([*heads, heads[1]], -2)[:2]
-        out_q.copy_(_rotated(q, cos, sin, a))
-        out_k.copy_(_rotated(k, cos_k, sin_k, a))
-        return out
+        positions, length = _check_positions(a, x), a["cos"].shape[0]
+        assert a["cos"].shape == a["sin"].shape
+        if positions.numel() and not -1 <= positions.min() <= positions.max() < length:
+            raise _UnreadError("positions")
+        if length == 0 or x.numel() == 0:
+            return x.double()
+        options = {n: value for n, value in a.items() if n not in (self.name, "inplace")}
+        if options.get("seqlen_offsets", 0) is None:
+            del options["seqlen_offsets"]
+        if options.get("num_heads_q") is not None:
+            options["num_heads_q"] = int(options["num_heads_q"])
+        return _REFERENCES[self.name](x, **options, compute_dtype=torch.float64)
 
 
 # Kept from call to call, with the tables that those before have made.
@@ -109,11 +86,12 @@ def _embed_reference(a: dict[str, Any], results: list[Any]) -> list[Expected | N
     """By tables of the length that this call needs."""
     a = {"position_ids": None, "cu_seqlens": None, "seqlen_offset": 0} | a
     a["seqlen_offsets"] = a["seqlen_offset"]
-    positions = _positions(a, a["qkv"])
+    positions = _check_positions(a, a["qkv"])
     length = int(positions.max()) + 1 if positions.numel() else 0
     scale_base = _MODULES[a["module"]].scale_base
     tables = make_tables(4, 10000.0, scale_base, RotaryScaling(), length, DEVICE)
-    a |= tables._asdict() | {"num_heads_q": None}
+    given = ("qkv", "seqlen_offsets", "position_ids", "cu_seqlens")
+    a = {name: a[name] for name in given} | tables._asdict()
     return _Reference("qkv", a["qkv"])(a, results)
 
 

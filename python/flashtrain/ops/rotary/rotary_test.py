@@ -93,7 +93,7 @@ def test_reference_passes_gradcheck() -> None:
     for interleaved in (False, True):
         function = functools.partial(reference.apply_rotary_emb, interleaved=interleaved)
         assert torch.autograd.gradcheck(
-            lambda x, f=function: f(x, *case.tables(), positions), case.x()
+            lambda x, f=function: f(x, *case.tables(), position_ids=positions), case.x()
         )
 
 
@@ -227,7 +227,7 @@ def test_expanded_gradient() -> None:
     case = Case(dtype=FP32)
     x, tables = case.x(), case.tables()
     (grad,) = torch.autograd.grad(rotary.apply_rotary_emb(x, *tables).sum(), x)
-    out = reference.apply_rotary_emb(x, *tables, positions_of(case.shape))
+    out = reference.apply_rotary_emb(x, *tables, position_ids=positions_of(case.shape))
     torch.testing.assert_close(grad, torch.autograd.grad(out.sum(), x)[0])
 
 
@@ -248,7 +248,7 @@ def _expect_packed(
         if tables is None:
             assert torch.equal(part, source), name
             continue
-        expected = reference.apply_rotary_emb(source, *tables, positions)
+        expected = reference.apply_rotary_emb(source, *tables, position_ids=positions)
         torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5, msg=name)
         grad = torch.randn(part.shape, device=DEVICE)
         (ours,) = torch.autograd.grad(part, leaf, grad, retain_graph=True)
@@ -296,7 +296,7 @@ def test_kv(varlen: bool) -> None:
     leaf = case.x()
     out = rotary.apply_rotary_emb_kv_(leaf * 1, *case.tables(), True, cu_seqlens=cu)
     expected = reference.apply_rotary_emb(
-        leaf[..., 0, :, :], *case.tables(), positions, interleaved=True
+        leaf[..., 0, :, :], *case.tables(), position_ids=positions, interleaved=True
     )
     torch.testing.assert_close(out[..., 0, :, :], expected)
     assert torch.equal(out[..., 1, :, :], leaf[..., 1, :, :])

@@ -35,8 +35,8 @@ def test_in_place_on_views_of_one_tensor() -> None:
     loss = (q * k).sum() + (qkv * qkv).sum()
     positions = positions_of(case.shape)
     parts = [
-        reference.apply_rotary_emb(leaf[:, :, 0], *tables, positions),
-        reference.apply_rotary_emb(leaf[:, :, 1], *tables, positions),
+        reference.apply_rotary_emb(leaf[:, :, 0], *tables, position_ids=positions),
+        reference.apply_rotary_emb(leaf[:, :, 1], *tables, position_ids=positions),
         leaf[:, :, 2],
     ]
     expected = (parts[0] * parts[1]).sum() + sum((part * part).sum() for part in parts)
