@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def test_the_plain_path_follows_the_definition(
     slopes = torch.tensor([0.5, 0.2, 0.1, 0.05], device=DEVICE) if alibi else None
     q, k, v = case.inputs().values()
     cu_q, cu_k = case.cu_seqlens()
-    options = {"causal": causal, "window_size": window, "alibi_slopes": slopes}
+    options: dict[str, Any] = {"causal": causal, "window_size": window, "alibi_slopes": slopes}
     out = reference.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 12, **options)
     for i, j in itertools.pairwise(range(5)):
         rows, keys = slice(cu_q[i], cu_q[j]), slice(cu_k[i], cu_k[j])

@@ -22,8 +22,6 @@ class _Reference:
     def one(self, a: dict, q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None) -> Tensor:
         options = ("softmax_scale", "causal", "window_size", "softcap")
         given = {n: a[n] for n in options} | {"window_size": tuple(a["window_size"])}
-        if a["softmax_scale"] is not None:  # an array is a number to the op, and not to torch
-            given["softmax_scale"] = float(a["softmax_scale"])
         out, _ = reference_attention(
             q, k, v, **given, alibi_slopes=alibi, compute_dtype=torch.float64
         )
@@ -33,6 +31,9 @@ class _Reference:
         q, k, v = _unpacked(a)
         dtype = self.dtype if q.dtype == torch.float64 else q.dtype
         scale = a["softmax_scale"]
+        if scale is not None:  # an array or sparse tensor is a number to the op, and not to torch
+            scale = float(scale)
+            a = a | {"softmax_scale": scale}
         if q.is_meta or a["dropout_p"] > 0.0 or not a["softcap"] < 1e6 or (scale or 1.0) > 1e3:
             return [Expected(q.to("meta"), dtype)]
         assert k.shape == v.shape

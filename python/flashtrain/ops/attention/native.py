@@ -10,7 +10,7 @@ kernels (cc/attention), CUDA tensors to the Triton kernels, which are imported w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,12 +40,24 @@ def _forward_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_like(q), q.new_empty((*batch, heads, rows), dtype=torch.float32)
 
 
-def _triton_options(q: Tensor, cu_seqlens_q: Tensor | None, *options: Any) -> Any:
+class Options(NamedTuple):
+    """Of a call, without its tensors, in the order of the ops and of the kernels."""
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float
+    softcap: float
+    window_left: int
+    window_right: int
+    dropout_p: float
+
+
+def _triton_options(q: Tensor, cu_seqlens_q: Tensor | None, options: Options) -> Any:
     from flashtrain.ops.attention import triton  # only where there is CUDA
 
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     varlen = cu_seqlens_q is not None
-    return triton, triton.AttentionOptions(varlen, batch, *options)
+    return triton, triton.AttentionOptions(varlen, batch, **options._asdict())
 
 
 def _forward_kernel(
@@ -62,7 +74,7 @@ def _forward_kernel(
     extras = [_contiguous(t) for t in (cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state)]
     out, lse = _forward_outputs(q)
     if q.is_cuda:
-        module, triton_options = _triton_options(q, cu_seqlens_q, *options)
+        module, triton_options = _triton_options(q, cu_seqlens_q, Options(*options))
         cu_q, cu_k, slopes, rng = extras
         module.forward(q, k, v, out, lse, slopes, cu_q, cu_k, rng, triton_options)
     else:
@@ -94,7 +106,7 @@ def _backward_kernel(
     extras = [_contiguous(t) for t in (cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state)]
     grads = (_empty_like(q), _empty_like(k), _empty_like(v))
     if q.is_cuda:
-        module, triton_options = _triton_options(q, cu_seqlens_q, *options)
+        module, triton_options = _triton_options(q, cu_seqlens_q, Options(*options))
         cu_q, cu_k, slopes, rng = extras
         module.backward(
             dout, q, k, v, out, lse, slopes, cu_q, cu_k, rng, *grads, triton_options

@@ -282,8 +282,9 @@ class _Store:
             warnings.warn(f"{self._path} is ignored: {reason}", stacklevel=2)
             return {}
         choices = content.get("choices") if isinstance(content, dict) else None
-        is_ours = isinstance(choices, dict) and content.get("format") == _FORMAT
-        return choices if is_ours else {}
+        if isinstance(choices, dict) and content.get("format") == _FORMAT:
+            return choices
+        return {}
 
     @staticmethod
     @contextlib.contextmanager

@@ -25,9 +25,19 @@ IDENTITY, GELU_APPROX, RELU, SQUARED_RELU = 0, 1, 2, 3
 MATMUL_NAMES = ("forward", "input_gradient", "weight_gradient")
 ACTIVATION_NAMES = ("identity", "gelu_approx", "relu", "sqrelu")
 
-# What dense_matmul and its kin have in common: matmul, left, right, out, bias, pre_act, dbias,
-# activation, allow_tf32.
-_Arguments = tuple[int, Any, Any, Any, Any, Any, Any, int, bool]
+
+class _Arguments(NamedTuple):
+    """What dense_matmul and its kin have in common, in their order."""
+
+    matmul: int
+    left: Any
+    right: Any
+    out: Any
+    bias: Any
+    pre_act: Any
+    dbias: Any
+    activation: int
+    allow_tf32: bool
 
 
 class Algorithm(NamedTuple):
@@ -177,16 +187,16 @@ def _fused_results(product: Product, operands: Operands, sums: bool) -> Results:
 
 def _arguments(product: Product, operands: Operands, results: Results) -> _Arguments:
     pre_act = results.pre_act if product.matmul == FORWARD else operands.pre_act
-    return (
-        product.matmul,
-        to_kernel(operands.left),
-        to_kernel(operands.right),
-        to_kernel(results.out),
-        _kernel(operands.bias),
-        _kernel(pre_act),
-        _kernel(results.dbias),
-        product.activation,
-        product.allow_tf32,
+    return _Arguments(
+        matmul=product.matmul,
+        left=to_kernel(operands.left),
+        right=to_kernel(operands.right),
+        out=to_kernel(results.out),
+        bias=_kernel(operands.bias),
+        pre_act=_kernel(pre_act),
+        dbias=_kernel(results.dbias),
+        activation=product.activation,
+        allow_tf32=product.allow_tf32,
     )
 
 

@@ -25,7 +25,7 @@ from flashtrain.ops.rotary.tables import RotaryTables, Tables
 def _rotate(
     name: str,
     x: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    tables: Tables,
     num_heads: tuple[int, int],
     interleaved: bool,
     inplace: bool,
@@ -33,7 +33,7 @@ def _rotate(
     cu_seqlens: Tensor | None,
     position_ids: Tensor | None,
 ) -> Tensor:
-    cos = tables[0]
+    cos = tables.cos
     for table_name, table in zip(Tables._fields, tables):
         if table is not None:
             check_table(table_name, table, cos, x)
@@ -93,7 +93,7 @@ def apply_rotary_emb(
     shapes = {4: "[B, S, H, D]"} if cu_seqlens is None else {3: "[T, H, D] with cu_seqlens"}
     check_x("x", x, shapes)
     return _rotate(
-        "x", x, (cos, sin, None, None), (x.shape[-2], 0), interleaved, inplace, seqlen_offsets,
+        "x", x, Tables(cos, sin), (x.shape[-2], 0), interleaved, inplace, seqlen_offsets,
         cu_seqlens, position_ids,
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ def apply_rotary_emb_qkv_(
             )
         num_heads = (num_heads_q, (total - num_heads_q) // 2)
     return _rotate(
-        "qkv", qkv, (cos, sin, cos_k, sin_k), num_heads, interleaved, True, seqlen_offsets,
+        "qkv", qkv, Tables(cos, sin, cos_k, sin_k), num_heads, interleaved, True, seqlen_offsets,
         cu_seqlens, position_ids,
     )  # fmt: skip
 
@@ -171,7 +171,7 @@ def apply_rotary_emb_kv_(
     if kv.shape[-3] != 2:
         raise ValueError(f"kv: got shape {list(kv.shape)}; supported: {shape}")
     return _rotate(
-        "kv", kv, (cos, sin, None, None), (kv.shape[-2], 0), interleaved, True, seqlen_offsets,
+        "kv", kv, Tables(cos, sin), (kv.shape[-2], 0), interleaved, True, seqlen_offsets,
         cu_seqlens, position_ids,
     )  # fmt: skip
 

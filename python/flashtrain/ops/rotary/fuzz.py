@@ -35,7 +35,7 @@ def _check_positions(a: dict[str, Any], x: Tensor) -> Tensor:
     return positions
 
 
-_REFERENCES = {
+_REFERENCES: dict[str, Any] = {
     "x": reference.apply_rotary_emb,
     "qkv": reference.apply_rotary_emb_qkv_,
     "kv": reference.apply_rotary_emb_kv_,

@@ -23,12 +23,12 @@ _LARGEST_EXPONENT = 87.0  # of e; beyond it, float32 or its reciprocal overflows
 
 
 class Tables(NamedTuple):
-    """float32 [length, R / 2]; the last two None where they are the first."""
+    """[length, R / 2]; the last two None where they are the first."""
 
     cos: Tensor
     sin: Tensor
-    cos_k: Tensor | None
-    sin_k: Tensor | None
+    cos_k: Tensor | None = None
+    sin_k: Tensor | None = None
 
 
 def xpos_decay(dim: int, device: torch.device) -> Tensor:
@@ -56,7 +56,7 @@ def make_tables(
     factor = scaling.table_factor
     cos, sin = angles.cos() * factor, angles.sin() * factor
     if scale_base is None:
-        return Tables(cos.float(), sin.float(), None, None)
+        return Tables(cos.float(), sin.float())
     power = t / scale_base - _XPOS_ORIGIN_IN_SCALE_BASES
     scale = xpos_decay(dim, device) ** power.unsqueeze(-1)
     return Tables(
