@@ -1,6 +1,6 @@
 // Scaled dot product attention on the CPU, forward and backward, in blocks (FlashAttention-2, Dao
 // 2023, arXiv:2307.08691): the scores are never in memory as a whole. On CUDA the op is a Triton
-// kernel, or one of those that come with torch: see python/flashtrain/ops/attention.py.
+// kernel, or one of those that come with torch: see python/flashtrain/ops/attention.
 //
 //   score = softcap * tanh(softmax_scale * q k^T / softcap) - alibi_slope * |position - key|
 //   out   = dropout(softmax(score)) v,   lse = log(sum(exp(score)))

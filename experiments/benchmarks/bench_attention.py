@@ -10,7 +10,7 @@ Implementations, each the same function of the same packed q, k and v:
 TFLOP/s counts the two products of forward, 4 * batch * heads * seqlen_q * seqlen_k * head dim, and
 2.5 times as many backward, both halved under a causal mask (flash-attention's convention). With
 --out on CUDA also writes attention_times.json, the times that the choice is made by, with these
-cases measured anew: copy it to python/flashtrain/ops.
+cases measured anew: copy it to python/flashtrain/ops/attention/times.json.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.benchmarks import harness
-from flashtrain.ops import _attention_backends as backends
-from flashtrain.ops.attention import flash_attn_func
+from flashtrain.ops.attention import dispatch, flash_attn_func
 
-PEERS = ("sdpa", *backends.BACKENDS)
+PEERS = ("sdpa", *dispatch.BACKENDS)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -98,8 +97,8 @@ def implementations(case: Case, peers: tuple[str, ...]) -> dict[str, Attention]:
     found = {"chosen": ours(case, None)}
     if "sdpa" in peers and case.window < 0:
         found["sdpa"] = sdpa(case)
-    for name in backends.BACKENDS:
-        if name in peers and name in backends.installed():
+    for name in dispatch.BACKENDS:
+        if name in peers and name in dispatch.installed():
             found[name] = ours(case, name)
     return found
 
@@ -153,9 +152,9 @@ def _relative_error(results: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def times(table: list[harness.Row], device: torch.device) -> dict[str, Any]:
-    """attention_times.json with the measured cases in place of older ones."""
+    """attention/times.json with the measured cases in place of older ones."""
     properties = torch.cuda.get_device_properties(device)
-    found = json.loads(backends.TIMES_FILE.read_text())
+    found = json.loads(dispatch.TIMES_FILE.read_text())
     for case in CUDA_CASES:
         milliseconds = {
             direction: {

@@ -128,9 +128,12 @@ def _rotary(rng: random.Random) -> Drawn:
         cos, sin = a["cos"].double(), a["sin"].double() * (-1 if a["conjugate"] else 1)
         cos_k = cos if a["cos_k"] is None else a["cos_k"].double()
         sin_k = sin if a["sin_k"] is None else a["sin_k"].double()
-        options = {"interleaved": a["interleaved"], "compute_dtype": torch.float64}
-        q = apply_rotary_emb(q, cos, sin, positions, **options)
-        return [torch.cat([q, apply_rotary_emb(k, cos_k, sin_k, positions, **options), rest], 2)]
+        options = {
+            "interleaved": a["interleaved"], "position_ids": positions,
+            "compute_dtype": torch.float64,
+        }  # fmt: skip
+        q = apply_rotary_emb(q, cos, sin, **options)
+        return [torch.cat([q, apply_rotary_emb(k, cos_k, sin_k, **options), rest], 2)]
 
     return "rotary", a, ("out",), reference
 

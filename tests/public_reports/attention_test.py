@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtrain.ops import _attention_backends as backends
-from flashtrain.ops.attention import flash_attn_func, flash_attn_varlen_func
+from flashtrain.ops.attention import dispatch, flash_attn_func, flash_attn_varlen_func
 
 # Dao-AILab/flash-attention#836, a package built for another torch, is in
-# //python/flashtrain/ops:attention_backends_test.
+# //python/flashtrain/ops/attention:dispatch_test.
 
 
 def _cu_seqlens(lengths: tuple[int, ...]) -> Tensor:
@@ -82,11 +81,11 @@ def test_a_scale_of_0_is_no_default(causal: bool) -> None:
 
 
 def test_no_backend_of_others_is_given_a_scale_of_0() -> None:
-    request = backends.Request(
+    request = dispatch.Request(
         "cuda", 90, torch.bfloat16, 64, 8, 8, False, False, -1, 0, False, False, False, False,
         True, False, zero_scale=True,
     )  # fmt: skip
-    assert backends.choose(request, {}, []) == "triton"
+    assert dispatch.choose(request, {}, []) == "triton"
 
 
 # --- Sequences of odd lengths ---------------------------------------------------------------------

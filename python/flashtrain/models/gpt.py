@@ -27,7 +27,7 @@ from flashtrain.modules.block import Block, Branches, ParallelBlock, PostNormBlo
 from flashtrain.modules.embedding import TokenPositionEmbedding
 from flashtrain.modules.head import LanguageModelHead
 from flashtrain.modules.mlp import build_mlp
-from flashtrain.modules.rotary import rotary_tables
+from flashtrain.ops.reference.rotary import rotary_tables
 
 __all__ = ["GPT", "GPTConfig"]
 

@@ -10,8 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashtrain.modules.plain_attention import alibi_slopes, plain_attention
-from flashtrain.modules.rotary import rotate
+from flashtrain.ops.reference import attention as plain_attention
+from flashtrain.ops.reference import rotary as plain_rotary
+
+
+def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
+    """fp32 [H]: the slopes of Press et al. 2022 (https://arxiv.org/abs/2108.12409).
+
+    For H a power of two, 2^(-8 i / H) for i = 1..H; else those of the next smaller power of two,
+    and then every other one of twice that. Computed on the device: a CUDA graph can capture no copy
+    from the host.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    options = {"dtype": torch.float64, "device": device}
+    steps = torch.arange(1, power + 1, **options) / power
+    if num_heads > power:
+        between = torch.arange(1, 2 * (num_heads - power), 2, **options) / (2 * power)
+        steps = torch.cat([steps, between])
+    return torch.exp2(-8.0 * steps).float()
 
 
 class KVCache:
@@ -80,7 +96,7 @@ class MultiHeadAttention(nn.Module):
         causal: position t sees positions 0..t only.
         window: how many positions before and after its own a query sees; -1: without bound.
         alibi: subtract a multiple of the distance from the scores, see `alibi_slopes`.
-        rotary_interleaved: see `rotate`.
+        rotary_interleaved: pairs are neighbours (GPT-J), else (i, i + R / 2) (GPT-NeoX).
         dropout_p: probability of dropping an attention weight, in training only.
         softmax_scale: 1 / sqrt(K) when None.
         bias: of the projections.
@@ -132,13 +148,14 @@ class MultiHeadAttention(nn.Module):
         self.fused = fused
         self.out = nn.Linear(d_model, d_model, bias=bias)
         self.alibi = alibi
+        attention: Any = plain_attention
+        rotary: Any = plain_rotary
         if fused:
             # Imported on demand: the plain model needs no compiled extension.
             from flashtrain.ops import attention, rotary
-
-            self._flash_attn: Any = attention.flash_attn_func
-            self._flash_attn_varlen: Any = attention.flash_attn_varlen_func
-            self._rotate_qkv_ = rotary.apply_rotary_emb_qkv_
+        self._flash_attn = attention.flash_attn_func
+        self._flash_attn_varlen = attention.flash_attn_varlen_func
+        self._rotate_qkv_ = rotary.apply_rotary_emb_qkv_
 
     def _project(
         self, x_BTD: Tensor, other_BSD: Tensor | None, rotary: tuple[Tensor, Tensor] | None
@@ -150,16 +167,13 @@ class MultiHeadAttention(nn.Module):
             kv = self.kv(other_BSD).unflatten(-1, (-1, self.head_dim))
             return q_BTHK, *kv.split(heads[1:], dim=-2)
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        if rotary is not None and self.fused:
+        if rotary is not None:
             qkv = self._rotate_packed(qkv, *rotary)
         q_BTHK, k_BTGK, v_BTGK = qkv.split(heads, dim=-2)
-        if rotary is not None and not self.fused:
-            q_BTHK = rotate(q_BTHK, *rotary, interleaved=self.rotary_interleaved)
-            k_BTGK = rotate(k_BTGK, *rotary, interleaved=self.rotary_interleaved)
         return q_BTHK, k_BTGK, v_BTGK
 
     def _rotate_packed(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotates q and k of [B, T, H + 2 G, K] in place and in one launch."""
+        """Rotates q and k of [B, T, H + 2 G, K]; fused, in place and in one launch."""
         shape = qkv.shape
         if cos.ndim == 3:  # every row has positions of its own: all tokens as one sequence
             cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
@@ -179,28 +193,21 @@ class MultiHeadAttention(nn.Module):
         # Made anew, not a buffer: to_empty and load_state_dict leave those undefined that no state
         # dict holds, and a model in a low precision would round them.
         slopes_H = alibi_slopes(self.num_heads, q_BTHK.device) if self.alibi else None
-        if not self.fused or context.mask is not None:
-            return plain_attention(
-                q_BTHK,
-                k_BSGK,
-                v_BSGK,
-                dropout_p=dropout_p,
-                softmax_scale=self.softmax_scale,
-                causal=self.causal,
-                window=self.window,
-                alibi=slopes_H,
-                cu_seqlens=context.cu_seqlens,
-                mask=context.mask,
-            )
-        options = {
+        options: dict[str, Any] = {
             "dropout_p": dropout_p,
             "softmax_scale": self.softmax_scale,
             "causal": self.causal,
             "window_size": self.window,
             "alibi_slopes": slopes_H,
         }
+        if context.mask is not None:  # the kernels have no masks
+            return plain_attention.flash_attn_func(
+                q_BTHK, k_BSGK, v_BSGK, mask=context.mask, **options
+            )
         if context.cu_seqlens is None:
             return self._flash_attn(q_BTHK, k_BSGK, v_BSGK, **options)
+        if not self.fused:  # its mask is of a row, not of all tokens
+            options["rows"] = q_BTHK.shape[0]
         y = self._flash_attn_varlen(
             *(t.flatten(0, 1) for t in (q_BTHK, k_BSGK, v_BSGK)),
             context.cu_seqlens,

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashtrain.modules.attention import Context, KVCache, MultiHeadAttention
-from flashtrain.modules.plain_attention import alibi_slopes, document_ids
-from flashtrain.modules.rotary import rotary_tables, rotate
+from flashtrain.modules.attention import Context, KVCache, MultiHeadAttention, alibi_slopes
+from flashtrain.ops.reference.rotary import apply_rotary_emb, rotary_tables
+from flashtrain.ops.reference.sequences import sequence_ids
 
 D_MODEL, HEADS = 24, 3
 
@@ -94,10 +94,8 @@ def test_sequences_see_themselves_alone(name, fused):
         y = module(rows, context=Context(cu_seqlens=cu_seqlens, max_seqlen=6))
         assert y.shape == rows.shape
         torch.testing.assert_close(y.double().reshape(12, -1), expected, rtol=0, atol=1e-5)
-    assert (
-        document_ids(cu_seqlens, 1, 12)[0].unique_consecutive(return_inverse=True)[1].tolist()
-        == documents
-    )
+    ids = sequence_ids(cu_seqlens, 12)
+    assert ids.unique_consecutive(return_inverse=True)[1].tolist() == documents
 
 
 @paths
@@ -138,7 +136,7 @@ def test_rotation_is_by_the_angle():
     x[..., 0] = x[..., 4] = x[..., 5] = 1.0
     for interleaved, partner in ((False, 2), (True, 1)):
         cos, sin = rotary_tables(torch.arange(4), 4, 10.0)
-        y = rotate(x, cos, sin, interleaved=interleaved)
+        y = apply_rotary_emb(x, cos, sin, interleaved)
         for t in range(4):
             assert y[0, t, 0, 0].item() == pytest.approx(math.cos(t), abs=1e-6)
             assert y[0, t, 0, partner].item() == pytest.approx(math.sin(t), abs=1e-6)

@@ -1,13 +1,20 @@
-"""Scaled dot product attention in plain torch, which stores the scores."""
+"""Scaled dot product attention in plain torch.
+
+`attention` is the definition, which stores the scores. `flash_attn_func` and
+`flash_attn_varlen_func` have the signatures of flashtrain.ops.attention, on top of torch's own
+attention: the path of a model with every fusion off.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashtrain.ops.reference.dropout import dropout_mask
+from flashtrain.ops.reference.sequences import sequence_ids
 
 
 def visible_keys(
@@ -129,3 +136,123 @@ def attention_keep_mask(
     begin = first_row * num_heads
     rows = dropout_mask(rng_state, begin + batch * seqlen_q * num_heads, seqlen_k, dropout_p)
     return rows[begin:].view(batch, seqlen_q, num_heads, seqlen_k).transpose(1, 2)
+
+
+# --- The signatures of flashtrain.ops.attention ---------------------------------------------------
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    is_causal: bool,
+    alibi_slopes: Tensor | None,
+    distance: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """By torch's attention. `distance`: from key to query, for ALiBi; and `mask`; both to
+    [B, 1, Sq, Sk]."""
+    if alibi_slopes is not None:
+        assert distance is not None
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        bias = (-alibi_slopes.to(dtype)[..., None, None] * distance.abs()).to(q.dtype)
+        mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=softmax_scale,
+        enable_gqa=k.shape[2] != q.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _window_mask(distance: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor | None:
+    """Which keys a query sees; None: every one."""
+    left, right = window_size[0], 0 if causal else window_size[1]
+    mask = None
+    if right >= 0:
+        mask = distance >= -right
+    if left >= 0:
+        near = distance <= left
+        mask = near if mask is None else mask & near
+    return mask
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """dropout(softmax(scores)) v for a batch of sequences of equal lengths.
+
+    Args:
+      mask: bool, to [B, 1, Sq, Sk], true where a query sees a key; replaces causal and window_size.
+      others: as in flashtrain.ops.attention; no softcap. A query must see at least one key.
+    """
+    assert softcap == 0.0
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    is_plain = causal and mask is None and window_size[0] < 0 and alibi_slopes is None
+    is_causal = False
+    if is_plain and seqlen_q == seqlen_k:  # where torch.compile has lengths as symbols, no bool
+        is_causal = True
+    distance = None
+    if not is_causal:
+        queries = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=q.device)
+        distance = queries[:, None] - torch.arange(seqlen_k, device=q.device)
+        if mask is None:
+            mask = _window_mask(distance, causal, window_size)
+    return _plain(q, k, v, dropout_p, softmax_scale, is_causal, alibi_slopes, distance, mask)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    *,
+    rows: int = 1,
+) -> Tensor:
+    """`flash_attn_func` for sequences one after the other, q [total_q, H, D], by a mask.
+
+    Args:
+      rows: into so many rows of one length the tokens fall, without a sequence in two of them: the
+        mask is [rows, total_q / rows, total_k / rows].
+      others: as in flashtrain.ops.attention; alibi_slopes [H].
+    """
+    assert softcap == 0.0
+    ids_q, ids_k = sequence_ids(cu_seqlens_q, q.shape[0]), sequence_ids(cu_seqlens_k, k.shape[0])
+    # Counted from the end of the sequence, where the last query meets the last key.
+    ends_q, ends_k = F.pad(cu_seqlens_q[1:], (0, 1)), F.pad(cu_seqlens_k[1:], (0, 1))
+    queries = torch.arange(q.shape[0], device=q.device) - ends_q[ids_q]
+    keys = torch.arange(k.shape[0], device=k.device) - ends_k[ids_k]
+    ids_q, queries = (t.view(rows, 1, -1, 1) for t in (ids_q, queries))
+    ids_k, keys = (t.view(rows, 1, 1, -1) for t in (ids_k, keys))
+    distance, mask = queries - keys, ids_q == ids_k
+    window = _window_mask(distance, causal, window_size)
+    mask = mask if window is None else mask & window
+    q, k, v = (t.unflatten(0, (rows, -1)) for t in (q, k, v))
+    out = _plain(q, k, v, dropout_p, softmax_scale, False, alibi_slopes, distance, mask)
+    return out.flatten(0, 1)
