@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -243,6 +244,18 @@ def _check_gradients(
             _compare(f"the gradient of {name}", got, Expected(value, leaf.dtype), tolerance)
 
 
+def _as_hinted(value: Any, hint: str) -> Any:
+    """The number that an op takes a tensor or array of one element for, where it wants no tensor."""
+    if "Tensor" in hint or value is None:
+        return value
+    if hasattr(value, "item"):
+        value = value.item()
+    for kind in (float, int, bool):
+        if kind.__name__ in hint and isinstance(value, (bool, int, float)):
+            return kind(value)
+    return value
+
+
 def judge(call: Call, with_gradients: bool) -> str:
     """Makes the call; "answer" or "error", as it was. Raises OpError."""
     fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(call.arguments))
@@ -270,10 +283,11 @@ def judge(call: Call, with_gradients: bool) -> str:
     if fake:
         return "answer"
     results = list(results) if isinstance(results, (tuple, list)) else [results]
+    hints = typing.get_type_hints(inspect.unwrap(call.function))
     doubles = {
         name: before[name].double().requires_grad_()
         if isinstance(value, Tensor) and value.requires_grad
-        else before[name]
+        else _as_hinted(before[name], str(hints.get(name, "Tensor")))
         for name, value in call.arguments.items()
     }
     try:

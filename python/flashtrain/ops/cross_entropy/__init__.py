@@ -97,7 +97,8 @@ def _combine(
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
     all_losses, all_lse = torch.stack(gathered, 1)
-    lse = torch.logsumexp(all_lse, 0).masked_fill_(labels == options.ignore_index, 0.0)
+    ignored = ~kernels.is_counted(labels, options.ignore_index)
+    lse = torch.logsumexp(all_lse, 0).masked_fill_(ignored, 0.0)
     z_losses = options.lse_square_scale * lse.square()
     return all_losses.sum(0) + lse + z_losses, lse, z_losses
 
@@ -213,7 +214,7 @@ def reduce_losses(losses: Tensor, labels: Tensor, ignore_index: int, reduction: 
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / (labels != ignore_index).sum().clamp(min=1)
+    return losses.sum() / kernels.is_counted(labels, ignore_index).sum().clamp(min=1)
 
 
 class CrossEntropyLoss(nn.Module):

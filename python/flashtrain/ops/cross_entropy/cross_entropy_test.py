@@ -282,3 +282,11 @@ def test_reductions() -> None:
         torch.testing.assert_close(results, expected)
         assert not results[1].requires_grad
     assert CrossEntropyLoss()(logits, labels).dim() == 0
+
+
+def test_an_ignored_label_beyond_32_bits_is_not_taken_for_its_low_ones() -> None:
+    """torch compares an int32 tensor with the number's low bits, here 1."""
+    logits, labels = Case((6, 16), FP32).inputs()
+    labels = torch.arange(6, device=labels.device, dtype=torch.int32) % 2
+    expected = CrossEntropyLoss()(logits, labels)
+    assert torch.equal(CrossEntropyLoss(ignore_index=2**32 + 1)(logits, labels), expected)

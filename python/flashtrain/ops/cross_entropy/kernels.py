@@ -35,6 +35,11 @@ class Options(NamedTuple):
 # --- Labels ---------------------------------------------------------------------------------------
 
 
+def is_counted(labels: Tensor, ignore_index: int) -> Tensor:
+    """Which labels are not ignore_index; torch compares int32 with a larger number's low bits."""
+    return labels.long() != ignore_index
+
+
 def check_labels(labels: Tensor, ignore_index: int, num_classes: int) -> None:
     """ValueError for a label that is out of range. On CUDA this waits for the device.
 
@@ -43,7 +48,7 @@ def check_labels(labels: Tensor, ignore_index: int, num_classes: int) -> None:
     """
     if labels.is_cuda and os.environ.get("FLASHTRAIN_CHECK_LABELS") != "1":
         return
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    bad = is_counted(labels, ignore_index) & ((labels < 0) | (labels >= num_classes))
     if not bad.any():
         return
     index = bad.nonzero()[0].tolist()

@@ -45,7 +45,12 @@ from flashtrain.ops.cross_entropy import (
     num_classes_of,
     reduce_losses,
 )
-from flashtrain.ops.cross_entropy.kernels import Options, check_labels, run_forward_backward
+from flashtrain.ops.cross_entropy.kernels import (
+    Options,
+    check_labels,
+    is_counted,
+    run_forward_backward,
+)
 
 # Of a chunk's logits and dweight, float32, together, and of the logits at least. On an H100 the
 # weight's product of 4,096 rows is 10 to 20% faster than that of 2,048, which reads and writes
@@ -353,7 +358,7 @@ def linear_cross_entropy(
             )
         count = torch.ones((), dtype=torch.float32, device=hidden.device)
         if reduction == "mean":
-            count = (labels != ignore_index).sum().clamp(min=1).float()
+            count = is_counted(labels, ignore_index).sum().clamp(min=1).float()
         loss, z_loss = _LinearCrossEntropy.apply(hidden, weight, bias, labels, count, options)
     else:
         losses, z_losses = linear_cross_entropy_forward(hidden, weight, bias, labels, *options)
