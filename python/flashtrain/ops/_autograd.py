@@ -201,4 +201,4 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        ctx.call.refuse()
+        raise RuntimeError(_SECOND)

@@ -245,7 +245,7 @@ def _check_gradients(
 
 
 def _as_hinted(value: Any, hint: str) -> Any:
-    """The number that an op takes a tensor or array of one element for, where it wants no tensor."""
+    """The number that an op makes of a tensor or array of one element where it wants none."""
     if "Tensor" in hint or value is None:
         return value
     if hasattr(value, "item"):

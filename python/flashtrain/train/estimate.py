@@ -179,8 +179,9 @@ def largest_micro_batch(config: RunConfig, ranks: int, device_memory: int) -> in
     if least.total > available:
         raise UserError(
             f"one sample needs {least.total / 2**30:.1f} GiB on each of {ranks} devices, which "
-            f"have {device_memory / 2**30:.1f} GiB; use more devices, --config.trainer.strategy=fsdp2, "
-            "--config.model.activation_checkpointing=True or a smaller model"
+            f"have {device_memory / 2**30:.1f} GiB; use more devices, "
+            "--config.trainer.strategy=fsdp2, --config.model.activation_checkpointing=True or a "
+            "smaller model"
         )
 
     def total(micro: int) -> float:
