@@ -6,8 +6,8 @@ Command: tools/bazel run //experiments:train -- --config=configs/gpt2l.py
 Variants: plain (every fusion off, for comparison).
 Hardware: 8 GPUs; the trainer chooses the largest micro batch that fits their memory
     (--config.data.batch_size sets it), the global batch is always 512 windows of 1024.
-Speed: 0.61M tokens/s and 96 h on 8 H100 at 40% of their bf16 peak (computed);
-    93k on one H100, 49%, without dropout (measured, see experiments/benchmarks/results).
+Speed: 95k tokens/s on one H200 without torch.compile, 50% of its bf16 peak (measured, see
+    experiments/benchmarks/results); so 77 h on 8 (computed).
 Memory: weights, gradients and moments take 6.5 GiB, 9 bytes per parameter by ZeRO-1 on 8 (11.5 GiB
     on one) (computed); activations come on top.
 Data: ${DATA_DIR}/openwebtext, or --config.data.path.

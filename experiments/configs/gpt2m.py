@@ -6,8 +6,8 @@ Command: tools/bazel run //experiments:train -- --config=configs/gpt2m.py
 Variants: plain (every fusion off, for comparison).
 Hardware: 8 GPUs; the trainer chooses the largest micro batch that fits their memory
     (--config.data.batch_size sets it), the global batch is always 512 windows of 1024.
-Speed: 1.3M tokens/s and 45 h on 8 H100 at 40% of their bf16 peak (computed);
-    0.19M on one H100, 47%, without dropout (measured, see experiments/benchmarks/results).
+Speed: 0.20M tokens/s on one H200, 49% of its bf16 peak (measured, see
+    experiments/benchmarks/results); so 36 h on 8 (computed).
 Memory: weights, gradients and moments take 5.3 GiB, 16 bytes per parameter (computed); activations
     come on top.
 Data: ${DATA_DIR}/openwebtext, or --config.data.path.

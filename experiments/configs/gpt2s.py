@@ -6,8 +6,8 @@ Command: tools/bazel run //experiments:train -- --config=configs/gpt2s.py
 Variants: plain (every fusion off, for comparison).
 Hardware: 8 GPUs; the trainer chooses the largest micro batch that fits their memory
     (--config.data.batch_size sets it), the global batch is always 512 windows of 1024.
-Speed: 0.49M tokens/s on one H100, 0.95M on two, 42% of their bf16 peak (measured in bf16, see
-    experiments/benchmarks/results); so 3.8M tokens/s and 15 h on 8 (computed).
+Speed: 0.54M tokens/s on one H200, 47% of its bf16 peak (measured, see
+    experiments/benchmarks/results); so 13 h on 8 (computed).
 Memory: 14.4 GiB on one H100 in bf16 with micro batches of 64 (measured).
 Data: ${DATA_DIR}/openwebtext, or --config.data.path.
 """

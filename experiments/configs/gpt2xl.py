@@ -6,8 +6,8 @@ Command: tools/bazel run //experiments:train -- --config=configs/gpt2xl.py
 Variants: plain (every fusion off, for comparison).
 Hardware: 8 GPUs; the trainer chooses the largest micro batch that fits their memory
     (--config.data.batch_size sets it), the global batch is always 512 windows of 1024.
-Speed: 0.31M tokens/s and 189 h on 8 H100 at 40% of their bf16 peak (computed);
-    44k on one H100, 46%, without dropout (measured, see experiments/benchmarks/results).
+Speed: 49k tokens/s on one H200 without torch.compile, 51% of its bf16 peak (measured, see
+    experiments/benchmarks/results); so 150 h on 8 (computed).
 Memory: weights, gradients and moments take 13.1 GiB, 9 bytes per parameter by ZeRO-1 on 8 (23.2 GiB
     on one) (computed); activations come on top.
 Data: ${DATA_DIR}/openwebtext, or --config.data.path.
