@@ -246,7 +246,7 @@ def _check_gradients(
 
 def _as_hinted(value: Any, hint: str) -> Any:
     """The number that an op makes of a tensor or array of one element where it wants none."""
-    if "Tensor" in hint or value is None:
+    if "Tensor" in hint or "Any" in hint or value is None:
         return value
     if hasattr(value, "item"):
         value = value.item()
