@@ -143,11 +143,12 @@ def spoil(rng: random.Random, value: Any) -> Any:
         return rng.choice(_SCALARS) if rng.random() < 0.8 else _any_tensor(rng)
     base = value.detach()
     dim = rng.randrange(max(base.dim(), 1))
+    negatable = base.layout is torch.strided and base.dtype != torch.bool
     changes: list[Callable[[], Any]] = [
         lambda: base.to(rng.choice(_OTHER_DTYPES + FLOATS)),
         lambda: base.to("meta"),
         lambda: _FAKES.from_tensor(base),
-        lambda: torch._neg_view(base) if base.layout is torch.strided else base,
+        lambda: torch._neg_view(base) if negatable else base,
         lambda: overlapping(rng, base),
         lambda: base.to_sparse(),
         lambda: base.unsqueeze(dim),
